@@ -1,0 +1,175 @@
+"""What every benchmark shares: a figure with its goal, interleaved timing, the table, and where it all was measured."""
+
+from __future__ import annotations
+
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+Item = TypeVar("Item")
+Tensors = dict[str, torch.Tensor]
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "relative": lambda value: f"{value:.1e}",
+    "share": lambda value: f"{100 * value:.1f} %",
+    "ratio": lambda value: f"{value:.3f} x",
+    "count": lambda value: f"{value:,.0f}",
+    "bytes": lambda value: f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.2f} MB",
+    "tokens/s": lambda value: f"{value:,.0f} tokens/s",
+    "FLOP/s": lambda value: f"{value / 1e9:.1f} GFLOP/s",
+    "seconds": lambda value: f"{1e3 * value:.2f} ms",
+}
+"""How a value of each unit is shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One measured number.
+
+    Attributes:
+        what: a line that says what was measured.
+        values: one a repetition; the figure is their median.
+        unit: a key of FORMATS.
+        goal: what the median must reach; None for a number that is only reported.
+        better: whether the goal is a floor ("more") or a ceiling ("less").
+        exact: it does not depend on the machine's speed.
+        details: what else belongs in the file.
+    """
+
+    what: str
+    values: tuple[float, ...]
+    unit: str
+    goal: float | None = None
+    better: Literal["less", "more"] = "less"
+    exact: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """The middle of the values."""
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The quartiles, or the least and the largest of fewer than four values."""
+        if len(self.values) < 4:
+            return min(self.values), max(self.values)
+        low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is reached, None without a goal; NaN reaches none."""
+        if self.goal is None:
+            return None
+        return self.median >= self.goal if self.better == "more" else self.median <= self.goal
+
+    def row(self) -> tuple[str, str, str, str]:
+        """What, measured, goal, met."""
+        show = FORMATS[self.unit]
+        low, high = map(show, self.spread)
+        measured = show(self.median) + (f"  ({low} to {high})" if low != high else "")
+        sign = ">=" if self.better == "more" else "<="
+        goal = "" if self.goal is None else f"{sign} {show(self.goal)}"
+        return self.what, measured, goal, {None: "", True: "yes", False: "NO"}[self.met]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        low, high = self.spread
+        numbers = {"median": self.median, "low": low, "high": high, "values": list(self.values), "unit": self.unit}
+        return {"what": self.what, **numbers, "goal": self.goal, "better": self.better, "met": self.met} | self.details
+
+
+def table(figures: Iterable[Figure]) -> str:
+    """All figures in columns."""
+    rows = [("what", "measured", "goal", "met"), *(figure.row() for figure in figures)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * (sum(widths) + 6), *lines[1:]])
+
+
+def progress(items: Iterable[Item], what: str) -> Iterable[Item]:
+    """The items, with a bar on the terminal while they are used up."""
+    return tqdm(items, desc=what, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20.0)  # type: ignore[no-any-return]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int, what: str) -> dict[str, list[float]]:
+    """Times the runs in turn, so that whatever else the machine does meets them all; the order turns round every time.
+
+    Returns:
+        seconds of each run in each round, after one round that is not counted.
+    """
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in progress(range(rounds), what):
+        for name in list(runs)[:: -1 if index % 2 else 1]:
+            times[name].append(seconds(runs[name]))
+    return times
+
+
+def peak_bytes() -> int:
+    """The most memory this process ever held, in bytes.
+
+    Where Linux tells it, the high-water mark of the program itself: getrusage's also counts what the parent held
+    before it started this program.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))):
+        return 1024 * int(found[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions, processor and threads."""
+    return {
+        "commit": _git("rev-parse", "HEAD") or None,
+        "modified": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def machine_slug(place: dict[str, Any]) -> str:
+    """A file name's worth of an environment: processor and threads."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{place['cpu']} {place['threads']} threads".lower()).strip("-")
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8"))):
+        return found[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,193 @@
+"""A run's folder: `run.json`, `log.jsonl`, and checkpoints that are there whole or not at all.
+
+A checkpoint is a folder `step-00000480` with the model (config.json and safetensors, opened by
+`SynapseModel.from_pretrained`) and what training needs to go on (trainer.safetensors and trainer.json). It is written
+aside under a name that starts with a dot and renamed when it is complete; then the one before it goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from recipes.optim import optimizer_tensors, restore_optimizer
+from synapse_arch import SynapseModel
+from synapse_arch.errors import CheckpointError, ConfigError, explain
+
+RUN_FILE = "run.json"
+LOG_FILE = "log.jsonl"
+RESULT_FILE = "result.json"
+TRAINER_TENSORS = "trainer.safetensors"
+TRAINER_FILE = "trainer.json"
+SCHEMA = 1
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps behind, skipped ones included.
+        seconds: wall time spent.
+        skipped: steps whose loss or gradient was not finite.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+
+
+def prepare_folder(out: Path, *, overwrite: bool) -> None:
+    """Makes `out` ready for a new run.
+
+    Raises:
+        CheckpointError: it holds a run already, or cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(explain(f"--out {out}", "a folder to write to", error.strerror or error)) from error
+    held = [item for item in out.iterdir() if item.name in (RUN_FILE, LOG_FILE, RESULT_FILE) or _step(item) is not None]
+    if held and not overwrite:
+        remedy = "go on with --resume, choose another --out, or replace it with --overwrite"
+        raise CheckpointError(explain(f"--out {out}", "a folder without a run", "one that holds a run", remedy))
+    for item in held:
+        shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
+def open_run(out: Path, values: dict[str, Any], *, step: int) -> None:
+    """Writes `run.json` and takes lines of later steps out of the log, which a resumed run is about to write again.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    log = out / LOG_FILE
+    try:
+        write_json(out / RUN_FILE, {"schema": SCHEMA, **values})
+        if log.exists():
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            log.write_text("".join(line for line in lines if _logged_step(line) <= step), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(explain(f"--out {out}", "a folder to write to", error.strerror or error)) from error
+
+
+def check_space(out: Path, parameters: int) -> None:
+    """Raises CheckpointError unless two checkpoints of so many float32 parameters fit on the disk of `out`."""
+    needed, free = 2 * 3 * 4 * parameters, shutil.disk_usage(out).free
+    if free < needed:
+        remedy = "free some space or choose another --out"
+        raise CheckpointError(explain(f"--out {out}", f"{needed / 1e6:.0f} MB free", f"{free / 1e6:.0f} MB", remedy))
+
+
+def latest(out: Path) -> Path:
+    """The newest checkpoint in `out`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = {step: item for item in (out.iterdir() if out.is_dir() else ()) if (step := _step(item)) is not None}
+    if not found:
+        remedy = "check --out, or leave --resume away to start a run"
+        raise CheckpointError(explain(f"--out {out}", "a run with a checkpoint in it", "none", remedy))
+    return found[max(found)]
+
+
+def save(out: Path, model: SynapseModel, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    """Writes the checkpoint of this step and removes older ones; what was there stays until the new one is complete.
+
+    Raises:
+        CheckpointError: it could not be written; the one before it is untouched.
+    """
+    final = out / f"step-{progress.step:08d}"
+    if final.is_dir():
+        return final
+    aside = out / f".{final.name}"
+    try:
+        for leftover in out.glob(".step-*"):
+            shutil.rmtree(leftover)
+        model.save_pretrained(aside)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in optimizer_tensors(model, optimizer).items()},
+            aside / TRAINER_TENSORS,
+            metadata={"schema": str(SCHEMA), "step": str(progress.step)},
+        )
+        write_json(aside / TRAINER_FILE, {"schema": SCHEMA, **asdict(progress)})
+        aside.rename(final)
+        for item in list(out.iterdir()):
+            if item != final and _step(item) is not None:
+                shutil.rmtree(item)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        remedy = "free some space or check permissions; earlier checkpoints are untouched"
+        raise CheckpointError(explain(str(final), "a checkpoint written", error, remedy)) from error
+    return final
+
+
+def restore(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer) -> Progress:
+    """Puts the optimizer's state of a checkpoint back and says how far it was; the weights are the caller's to load.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another step.
+    """
+    values = read_json(folder / TRAINER_FILE)
+    path = folder / TRAINER_TENSORS
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        progress = Progress(**{name: values[name] for name in ("step", "seconds", "skipped")})
+        restore_optimizer(model, optimizer, tensors)
+    except (OSError, SafetensorError, KeyError, ConfigError) as error:
+        raise CheckpointError(explain(str(path), "the trainer's state", error, "start a new run")) from error
+    if metadata.get("schema") != str(SCHEMA) or metadata.get("step") != str(progress.step):
+        got = f"schema {metadata.get('schema')}, step {metadata.get('step')}"
+        raise CheckpointError(explain(str(path), f"schema {SCHEMA}, step {progress.step}", got, "start a new run"))
+    return progress
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes `values` aside and renames, so that the file is there whole or not at all."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: missing, unreadable or no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(explain(str(path), "a JSON file", error, "check --out")) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(explain(str(path), "a JSON object", type(values).__name__, "check --out"))
+    return values
+
+
+def _step(item: Path) -> int | None:
+    match = STEP_FOLDER.fullmatch(item.name)
+    return int(match[1]) if match and item.is_dir() else None
+
+
+def _logged_step(line: str) -> float:
+    """The step of a line of the log; a line that was cut off counts as later than any."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

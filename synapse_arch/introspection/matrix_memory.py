@@ -1,0 +1,240 @@
+"""What happens inside a matrix memory at every token, without ever forming the memory of every token.
+
+Serves the fast-weight memory and the mLSTM cell. B rows, T tokens, H heads, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from synapse_arch.ops._packing import segment_index
+from synapse_arch.ops.delta_rule import Rule, delta_rule
+from synapse_arch.ops.mlstm import MLSTMState
+
+
+class _Packing(TypedDict):
+    """The two arguments that every op takes."""
+
+    segment_ids: Tensor | None
+    mask: Tensor | None
+
+
+class MemoryProbe(NamedTuple):
+    """See MemoryTrace; all (B, T, H), unspecified where mask is False."""
+
+    collision: Tensor
+    read_conf: Tensor
+    norm: Tensor
+
+
+def memory_probe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    o: Tensor,
+    state: Tensor | None,
+    final: Tensor,
+    *,
+    rule: Rule,
+    segment_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> MemoryProbe:
+    """Collision, read confidence and norm of a fast-weight memory at every token (arguments: `memory_trace`).
+
+    The memories W_t are never formed. Each token becomes two virtual ones, a bare read of k_t and the true
+    write, so one pass yields r_t = W_{t-1}^T k_t. With the effective write w_t (hebbian: beta v; delta:
+    beta (v - a r)) W_t = a W_{t-1} + k w^T, hence
+        ||W_t||^2 = a^2 ||W_{t-1}||^2 + 2 a <r_t, w_t> + ||k_t||^2 ||w_t||^2,
+    a scalar recurrence that the same op runs, with the same segments and mask.
+    """
+    q, k, v, beta, log_decay, o, final = (wide(x) for x in (q, k, v, beta, log_decay, o, final))
+    state = torch.zeros_like(final) if state is None else wide(state)
+    norm_0 = torch.linalg.vector_norm(state, dim=(-2, -1))  # (B, H)
+    if k.shape[1] == 1:
+        met = (state * k[:, 0, ..., None]).sum(-2)[:, None]
+        before, after = norm_0[:, None], torch.linalg.vector_norm(final, dim=(-2, -1))[:, None]
+    else:
+        doubled = None if segment_ids is None else segment_ids.repeat_interleave(2, 1)
+        real = None if mask is None else mask.repeat_interleave(2, 1)
+        none = torch.zeros_like(beta)
+        keys, decays = _interleave(k, k), _interleave(none, log_decay)
+        reads, _ = delta_rule(
+            keys, keys, _interleave(v, v), _interleave(none, beta), decays, state,
+            rule=rule, segment_ids=doubled, mask=real,
+        )  # fmt: skip
+        met = reads[:, ::2]
+        kept = log_decay.exp()[..., None] * met
+        write = beta[..., None] * (v - kept if rule == "delta" else v)
+        gain = 2 * (kept * write).sum(-1) + (k * k).sum(-1) * (write * write).sum(-1)
+        squares, _ = _scalar_recurrence(_interleave(none, gain), 2 * decays, norm_0**2, segment_ids=doubled, mask=real)
+        norms = squares.clamp(min=0).sqrt()
+        before, after = norms[:, ::2], norms[:, 1::2]
+        # where the norm has cancelled to 0, what a read still shows is rounding
+        met, o = torch.where(before[..., None] > 0, met, 0), torch.where(after[..., None] > 0, o, 0)
+    return MemoryProbe(_alignment(met, before, k), _alignment(o, after, q), after)
+
+
+class MLSTMProbe(NamedTuple):
+    """See GateTrace; (B, T, H), unspecified where mask is False, and the final mass and age (B, H)."""
+
+    log_norm: Tensor
+    age: Tensor
+    final_mass: Tensor
+    final_age: Tensor
+
+
+def mlstm_probe(
+    k: Tensor,
+    v: Tensor,
+    log_i: Tensor,
+    log_f: Tensor,
+    state: MLSTMState | None,
+    final: MLSTMState,
+    *,
+    mass: Tensor | None = None,
+    age: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> MLSTMProbe:
+    """Norm and age of the mLSTM's matrix memory at every token (arguments: `gate_trace`).
+
+    Everything runs relative to exp(m_t), as the cell does: f' = exp(log_f + m_{t-1} - m_t) and
+    i' = exp(log_i - m_t). With r_t = C_t^T k_t, ||C_t||^2 = f'^2 ||C_{t-1}||^2 + 2 i' <r_t, v> - i'^2 ||k||^2 ||v||^2;
+    mass and age follow GateTrace.age_tokens. Final mass is relative to exp(final.m).
+    """
+    k, v, log_i, log_f = (wide(x) for x in (k, v, log_i, log_f))
+    zero = torch.zeros_like(final.m)
+    m_0 = zero if state is None else state.m
+    if mass is None or age is None:
+        mass, age = (zero if state is None else torch.linalg.vector_norm(state.C, dim=(-2, -1))), zero
+    if k.shape[1] == 1:
+        return _mlstm_step(k, v, log_i, log_f, m_0, final, mass, age, mask)
+    packing = _Packing(segment_ids=segment_ids, mask=mask)
+    m, previous = mlstm_stabilizer(log_i, log_f, m_0, **packing)
+    write = (log_i - m).exp()
+    decay = log_f + previous - m
+    start = None if state is None else wide(state.C)
+    reads, _ = delta_rule(k, k, v, write, decay, start, rule="hebbian", **packing)
+    size_k, size_v = torch.linalg.vector_norm(k, dim=-1), torch.linalg.vector_norm(v, dim=-1)
+    added = write * size_k * size_v
+    gain = 2 * write * (reads * v).sum(-1) - added**2
+    square_0 = zero if start is None else (start * start).sum((-2, -1))
+    both, final_both = _scalar_recurrence(
+        torch.cat([gain, added], -1), torch.cat([2 * decay, decay], -1), torch.cat([square_0, mass], -1), **packing
+    )
+    squares, masses = both.chunk(2, -1)
+    # what stands of the mass before the write has aged by one token
+    aged, final_aged = _scalar_recurrence((masses - added).clamp(min=0), decay, age * mass, **packing)
+    final_mass = final_both.chunk(2, -1)[1]
+    last = m[:, -1]
+    return MLSTMProbe(
+        log_norm=squares.clamp(min=0).log() / 2 + m,
+        age=aged / masses,
+        final_mass=final_mass * (last - final.m).exp(),
+        final_age=torch.where(final_mass > 0, final_aged / final_mass, 0),
+    )
+
+
+def mlstm_stabilizer(
+    log_i: Tensor,
+    log_f: Tensor,
+    m_0: Tensor,
+    *,
+    segment_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The running maximum m_t = max(log_f_t + m_{t-1}, log_i_t) of the mLSTM, without a loop.
+
+    Args:
+        log_i: (B, T, H) log of the input gate.
+        log_f: (B, T, H) log of the forget gate, <= 0.
+        m_0: (B, H) the stabiliser before the first token.
+        segment_ids: (B, T) ints; a new segment begins at m_t = log_i_t.
+        mask: (B, T) bool; m does not change where it is False.
+
+    Returns:
+        m_t and m_{t-1}, both (B, T, H). Where a segment begins m_{t-1} is set to m_t - log_f_t,
+        so that log_f + m_{t-1} - m_t <= 0 everywhere.
+    """
+    kind = log_i.dtype
+    if log_i.device.type != "mps":  # no float64 there; elsewhere it keeps long cumulative sums exact
+        log_i, log_f, m_0 = log_i.double(), log_f.double(), m_0.double()
+    if mask is not None:
+        log_f = torch.where(mask[..., None], log_f, 0)
+    total = log_f.cumsum(1)
+    level = log_i - total
+    segments = segment_index(segment_ids, mask)
+    shift = torch.zeros_like(level)
+    if segments is not None:  # lift each segment above all before it: the running maximum then starts anew
+        finite = level if mask is None else torch.where(mask[..., None], level, 0)
+        low, high = torch.minimum(finite.amin(1), m_0), torch.maximum(finite.amax(1), m_0)
+        shift = segments[..., None] * (high - low + 1)[:, None]
+    level = level + shift
+    if mask is not None:
+        level = torch.where(mask[..., None], level, -torch.inf)
+    peak = torch.cat([m_0[:, None], level], 1).cummax(1).values
+    m = total + peak[:, 1:] - shift
+    previous = torch.cat([m_0[:, None], m[:, :-1]], 1)
+    if segments is not None:
+        begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))[..., None]
+        previous = torch.where(begins, m - log_f, previous)
+    return m.to(kind), previous.to(kind)
+
+
+def _mlstm_step(
+    k: Tensor,
+    v: Tensor,
+    log_i: Tensor,
+    log_f: Tensor,
+    m_0: Tensor,
+    final: MLSTMState,
+    mass: Tensor,
+    age: Tensor,
+    mask: Tensor | None,
+) -> MLSTMProbe:
+    """`mlstm_probe` of a single token, straight from the states."""
+    forget = (log_f[:, 0] + m_0 - final.m).exp()
+    sizes = torch.linalg.vector_norm(k[:, 0], dim=-1) * torch.linalg.vector_norm(v[:, 0], dim=-1)
+    kept = forget * mass
+    total = kept + (log_i[:, 0] - final.m).exp() * sizes
+    aged = kept * (age + 1)
+    if mask is not None:
+        total, aged = torch.where(mask, total, mass), torch.where(mask, aged, mass * age)
+    log_norm = torch.linalg.vector_norm(final.C, dim=(-2, -1)).log() + final.m
+    mean = aged / total
+    return MLSTMProbe(log_norm[:, None], mean[:, None], total, torch.where(total > 0, mean, 0))
+
+
+def _scalar_recurrence(
+    x: Tensor, log_decay: Tensor, start: Tensor, *, segment_ids: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """s_t = exp(log_decay_t) s_{t-1} + x_t for x (B, T, H), start (B, H): every s_t and the last."""
+    one = torch.ones_like(x)
+    x = x if mask is None else torch.where(mask[..., None], x, 0)
+    s, final = delta_rule(
+        one[..., None], one[..., None], x[..., None], one, log_decay, start[..., None, None],
+        rule="hebbian", segment_ids=segment_ids, mask=mask,
+    )  # fmt: skip
+    return s[..., 0], final[..., 0, 0]
+
+
+def _alignment(read: Tensor, norm: Tensor, key: Tensor) -> Tensor:
+    """||read|| / (norm ||key||), at most 1 (Cauchy-Schwarz); NaN where all of them are 0."""
+    share: Tensor = torch.linalg.vector_norm(read, dim=-1) / (norm * torch.linalg.vector_norm(key, dim=-1))
+    return share.clamp(max=1)
+
+
+def _interleave(a: Tensor, b: Tensor) -> Tensor:
+    """a_1, b_1, a_2, b_2 ...: two (B, T, ...) to (B, 2T, ...)."""
+    return torch.stack([a, b], 2).flatten(1, 2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Gives x in float32 or wider."""
+    return x.to(torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,0 +1,260 @@
+"""SynapseModel: embedding, layers, norm, head; state in and state out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from synapse_arch.errors import ShapeError, StateError, explain
+from synapse_arch.introspection.probes import synapse_trace
+from synapse_arch.introspection.records import SynapseTrace
+from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.model import generation
+from synapse_arch.model.config import SynapseConfig
+from synapse_arch.model.layer import SynapseLayer
+from synapse_arch.model.state import SynapseState
+from synapse_arch.modules import Routing
+from synapse_arch.modules.thalamus import expert_load, load_balance_loss, router_z_loss
+
+IGNORED = -100
+"""The target that counts for nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class SynapseOutput:
+    """What a forward pass returns."""
+
+    logits: Tensor
+    """(B, T, vocab_size), or the last `logits_to_keep` positions of it."""
+    state: SynapseState
+    """The state after the last position."""
+    loss: Tensor | None
+    """(): the sum of `losses`; None without targets."""
+    losses: dict[str, Tensor]
+    """The terms of the loss, weighted as they are added: "language" (nats a token), "balance", "z"."""
+    trace: SynapseTrace | None
+    """What was asked for by `trace`."""
+    expert_load: Tensor | None
+    """(L, E) int64: assignments each expert received; None without experts."""
+
+
+class SynapseModel(nn.Module):
+    """A language model of linear time and constant-size state whose inside can be read.
+
+    Args:
+        config: the architecture.
+
+    >>> model = SynapseModel(SynapseConfig.preset("tiny", n_layers=1, d_model=64))
+    >>> ids = torch.randint(256, (2, 16))
+    >>> out = model(ids, targets=ids.roll(-1, 1))
+    >>> tuple(out.logits.shape), sorted(out.losses)
+    ((2, 16, 256), ['balance', 'language', 'z'])
+    """
+
+    def __init__(self, config: SynapseConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # Unit variance: each region's output is added to the tokens, and must not drown them from the first step.
+        nn.init.normal_(self.embedding.weight)
+        self.embedding.weight._no_weight_decay = True  # type: ignore[attr-defined]
+        self.layers = nn.ModuleList(SynapseLayer(config, i) for i in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+        self.logit_scale = 1.0
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+            self.logit_scale = config.d_model**-0.5
+
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None) -> SynapseState:
+        """The state before the first token.
+
+        Args:
+            batch_size: rows B.
+            device: where it lies; None means where the model lies.
+
+        Raises:
+            StateError: batch_size is below 1.
+        """
+        if batch_size < 1:
+            raise StateError(explain("batch_size", "at least 1", batch_size))
+        device = self.embedding.weight.device if device is None else device
+        layers = tuple(layer.init_state(batch_size, device=device) for layer in self._layers())
+        return SynapseState(layers, torch.zeros(batch_size, dtype=torch.long, device=device))
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: SynapseState | None = None,
+        *,
+        targets: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        trace: TraceSpec | None = None,
+        logits_to_keep: int = 0,
+    ) -> SynapseOutput:
+        """Reads tokens, predicts the next ones.
+
+        Args:
+            ids: (B, T) integer token ids. Their range is checked on the CPU; elsewhere that would stop the device.
+            state: what an earlier call returned, or None for a fresh one; never modified.
+            targets: (B, T) the tokens to predict, already shifted; -100 is ignored.
+            segment_ids: (B, T) ints; nothing crosses from one document to the next.
+            mask: (B, T) bool; False marks padding, which neither changes the state nor counts in a loss.
+            trace: what to record on the way. The outputs are the same bits with and without.
+            logits_to_keep: predict only at so many last positions; 0 means at all.
+
+        Returns:
+            SynapseOutput.
+
+        Raises:
+            ShapeError: a wrong shape, dtype or id. StateError: a state of another model or batch.
+        """
+        self._check(ids, state, targets, logits_to_keep)
+        before = state if state is not None else self.init_state(ids.shape[0], device=ids.device)
+        x = self.embedding(ids)
+        states, routings, records = [], [], []
+        for layer, remembered in zip(self._layers(), before.layers, strict=True):
+            out = layer(x, remembered, segment_ids=segment_ids, mask=mask, trace=trace)
+            x = out.x
+            states.append(out.state)
+            routings.append(out.routing)
+            records.append(out.trace)
+        read = ids.shape[1] if mask is None else mask.sum(1)
+        logits = self.head(self.norm(x[:, -logits_to_keep:]) * self.logit_scale)
+        losses = {} if targets is None else self._losses(logits, targets, routings, mask)
+        return SynapseOutput(
+            logits=logits,
+            state=SynapseState(tuple(states), before.position + read),
+            loss=sum(losses.values(), start=logits.new_zeros(())) if losses else None,
+            losses=losses,
+            trace=self._trace(ids, before, records, trace, mask),
+            expert_load=self._load(routings),
+        )
+
+    def stream(
+        self, ids: Tensor, state: SynapseState | None = None, **options: Any
+    ) -> Iterator[generation.StreamedToken]:
+        """Yields tokens one by one; see `generation.stream`."""
+        return generation.stream(self, ids, state, **options)
+
+    def generate(self, ids: Tensor, state: SynapseState | None = None, **options: Any) -> generation.GenerateOutput:
+        """Completes prompts; see `generation.generate`."""
+        return generation.generate(self, ids, state, **options)
+
+    def consolidate(self, state: SynapseState) -> None:
+        """Turns the co-activation that `state` has gathered into pathways that bias routing from now on."""
+        self._check_state(state, state.batch_size)
+        for layer, remembered in zip(self._layers(), state.layers, strict=True):
+            if layer.experts is not None:
+                layer.thalamus.consolidate(remembered.thalamus)
+
+    def balance_router(self, load: Tensor) -> None:
+        """Moves each router's balancing bias by `thalamus.bias_rate` against its load.
+
+        Args:
+            load: (L, E) assignments, as in SynapseOutput.expert_load, summed over processes.
+
+        Raises:
+            ShapeError: the load is of other sizes.
+        """
+        expected = (self.config.n_layers, self.config.n_experts)
+        if tuple(load.shape) != expected:
+            raise ShapeError(explain("load", expected, tuple(load.shape), "pass SynapseOutput.expert_load"))
+        for layer, counts in zip(self._layers(), load, strict=True):
+            layer.thalamus.balance(counts)
+
+    def save_pretrained(self, directory: str | PathLike[str], **options: Any) -> None:
+        """Writes weights and configuration; see `checkpoint.save_pretrained`."""
+        from synapse_arch.model import checkpoint  # it builds models, so it imports this module
+
+        checkpoint.save_pretrained(self, directory, **options)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | PathLike[str], **options: Any) -> SynapseModel:
+        """Reads what `save_pretrained` wrote; see `checkpoint.from_pretrained`."""
+        from synapse_arch.model import checkpoint
+
+        return checkpoint.from_pretrained(directory, **options)
+
+    def _layers(self) -> list[SynapseLayer]:
+        return cast(list[SynapseLayer], list(self.layers))
+
+    def _losses(
+        self, logits: Tensor, targets: Tensor, routings: list[Routing | None], mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        targets = targets[:, -logits.shape[1] :]
+        if mask is not None:
+            targets = targets.masked_fill(~mask[:, -logits.shape[1] :], IGNORED)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        total = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        losses = {"language": total / (targets != IGNORED).sum().clamp(min=1)}
+        routed = [routing for routing in routings if routing is not None]
+        if routed:
+            c = self.config.thalamus
+            balance = torch.stack([load_balance_loss(routing, mask) for routing in routed]).mean()
+            z = torch.stack([router_z_loss(routing, mask) for routing in routed]).mean()
+            losses |= {"balance": c.load_balance * balance, "z": c.z_loss * z}
+        return losses
+
+    def _load(self, routings: list[Routing | None]) -> Tensor | None:
+        counts = [expert_load(routing.indices, self.config.n_experts) for routing in routings if routing is not None]
+        return torch.stack(counts) if counts else None
+
+    def _trace(
+        self, ids: Tensor, before: SynapseState, records: list[Any], spec: TraceSpec | None, mask: Tensor | None
+    ) -> SynapseTrace | None:
+        if spec is None:
+            return None
+        traced = tuple(record for record in records if record is not None)
+        labels = self.config.experts.labels if self.config.experts else None
+        return synapse_trace(ids, before.position, traced, spec, labels=labels, mask=mask)
+
+    def _check(self, ids: Tensor, state: SynapseState | None, targets: Tensor | None, logits_to_keep: int) -> None:
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or 0 in ids.shape:
+            got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise ShapeError(explain("ids", "(B, T) with B, T > 0", got, "add a batch dimension with ids[None]"))
+        self._check_ids("ids", ids)
+        if targets is not None:
+            if targets.shape != ids.shape:
+                raise ShapeError(explain("targets", tuple(ids.shape), tuple(targets.shape), "shift ids by one token"))
+            self._check_ids("targets", targets.masked_fill(targets == IGNORED, 0))
+        if not 0 <= logits_to_keep <= ids.shape[1]:
+            raise ShapeError(explain("logits_to_keep", f"0 to T={ids.shape[1]}", logits_to_keep))
+        if state is not None:
+            self._check_state(state, ids.shape[0])
+
+    def _check_ids(self, name: str, ids: Tensor) -> None:
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(explain(name, "int64 or int32", ids.dtype, f"convert with {name}.long()"))
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                remedy = "the tokenizer and the model's vocab_size must agree"
+                expected = f"ids from 0 to {self.config.vocab_size - 1}"
+                raise ShapeError(explain(name, expected, f"{low} to {high}", remedy))
+
+    def _check_state(self, state: SynapseState, batch_size: int) -> None:
+        """The cheap part; the ops check each tensor's shape."""
+        if not isinstance(state, SynapseState):
+            raise StateError(
+                explain("state", "a SynapseState", type(state).__name__, "use model.init_state(batch_size)")
+            )
+        if state.batch_size != batch_size:
+            remedy = "use state.select(rows) or model.init_state(batch_size)"
+            raise StateError(explain("state", f"{batch_size} rows, as many as ids", state.batch_size, remedy))
+        if len(state.layers) != self.config.n_layers:
+            got = f"{len(state.layers)} layers"
+            raise StateError(explain("state", f"{self.config.n_layers} layers", got, "use a state of this model"))
+        parts = (self.config.xlstm is not None, self.config.memory is not None)
+        for layer in state.layers:
+            if (layer.xlstm is not None, layer.memory is not None) != parts:
+                remedy = "use a state of this model"
+                raise StateError(explain("state", "the regions of this configuration", "others", remedy))

@@ -1,0 +1,277 @@
+"""Thalamus: a Mamba that relays the signal and decides, from the context, which experts each token visits.
+
+B batch, T time, D model width, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from synapse_arch.errors import ConfigError, StateError, explain
+from synapse_arch.introspection.probes import routing_trace
+from synapse_arch.introspection.records import RoutingTrace
+from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.modules.common import check_choice, check_positive, check_state, keep_float32, linear
+from synapse_arch.modules.mamba import Mamba, MambaConfig, MambaState
+from synapse_arch.ops._backends import no_autocast
+from synapse_arch.ops._packing import segment_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThalamusConfig:
+    """How tokens are routed.
+
+    Attributes:
+        mamba: the Mamba inside, "ssd" or "s6".
+        d_state, expand, d_conv, head_dim, n_groups: its sizes, see MambaConfig.
+        top_k: experts a token visits.
+        noise: standard deviation of the Gaussian noise on the router logits, in training mode only.
+        load_balance: weight of the Switch load-balance loss (Fedus et al. 2021, eq. 4), shared by the layers.
+        z_loss: weight of the router z-loss (Zoph et al. 2022, eq. 5), shared by the layers.
+        bias_rate: step of the loss-free balancing bias (DeepSeek-V3, §2.1.2); 0 switches it off.
+        hebbian_decay: what a token leaves of the running co-activation average.
+        hebbian_gain: how strongly consolidated pathways bias the choice of a token's further experts.
+    """
+
+    mamba: Literal["ssd", "s6"] = "ssd"
+    d_state: int = 64
+    expand: int = 2
+    d_conv: int = 4
+    head_dim: int = 64
+    n_groups: int = 1
+    top_k: int = 2
+    noise: float = 0.0
+    load_balance: float = 0.01
+    z_loss: float = 0.001
+    bias_rate: float = 0.0
+    hebbian_decay: float = 0.999
+    hebbian_gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice(self, "mamba", ("ssd", "s6"))
+        check_positive(self, top_k=1, noise=0.0, load_balance=0.0, z_loss=0.0, bias_rate=0.0, hebbian_gain=0.0)
+        if not 0.0 < self.hebbian_decay < 1.0:
+            raise ConfigError(explain("ThalamusConfig.hebbian_decay", "between 0 and 1", self.hebbian_decay))
+        _ = self.mamba_config  # validates the rest
+
+    @property
+    def mamba_config(self) -> MambaConfig:
+        """The configuration of the Mamba inside."""
+        return MambaConfig(
+            variant=self.mamba,
+            d_state=self.d_state,
+            expand=self.expand,
+            d_conv=self.d_conv,
+            head_dim=self.head_dim,
+            n_groups=self.n_groups,
+        )
+
+
+class Routing(NamedTuple):
+    """Which experts each token visits."""
+
+    indices: Tensor
+    """(B, T, k) int64; -1 where the mask is False."""
+    weights: Tensor
+    """(B, T, k) softmax over the chosen logits; sums to 1 over k."""
+    logits: Tensor
+    """(B, T, E) float32 or wider."""
+
+
+class ThalamusState(NamedTuple):
+    """What a thalamus remembers."""
+
+    mamba: MambaState
+    coactivation: Tensor
+    """(B, E, E) float32: running average of a aᵀ, a in {0, 1}^E the experts a token visited."""
+
+
+class ThalamusOutput(NamedTuple):
+    """What a thalamus returns."""
+
+    y: Tensor
+    """(B, T, D) the relayed signal, without the residual."""
+    routing: Routing | None
+    """None where there are no experts to route to."""
+    state: ThalamusState
+    trace: RoutingTrace | None = None
+
+
+class Thalamus(nn.Module):
+    """Relays a sequence through a Mamba and routes each token by what the Mamba makes of its context.
+
+    Two buffers bias the choice of experts, never their weights: `router_bias` (E,), moved by `balance`, and
+    `pathways` (E, E), written by `consolidate`. Both are zero until those are called.
+
+    Args:
+        d_model: D.
+        n_experts: E; 0 makes a plain relay without a router.
+        config: routing and sizes.
+        residual_branches: the output projection starts 1/sqrt of this smaller.
+
+    Raises:
+        ConfigError: top_k exceeds the number of experts.
+
+    >>> thalamus = Thalamus(32, 4, ThalamusConfig(head_dim=16, d_state=8, top_k=2))
+    >>> y, routing, state, _ = thalamus(torch.randn(1, 3, 32))
+    >>> tuple(routing.indices.shape), tuple(state.coactivation.shape)
+    ((1, 3, 2), (1, 4, 4))
+    """
+
+    router_bias: Tensor
+    pathways: Tensor
+
+    def __init__(
+        self, d_model: int, n_experts: int, config: ThalamusConfig | None = None, *, residual_branches: int = 1
+    ) -> None:
+        super().__init__()
+        self.d_model, self.n_experts, self.config = d_model, n_experts, config or ThalamusConfig()
+        if n_experts and self.config.top_k > n_experts:
+            remedy = "lower top_k or raise n_experts"
+            raise ConfigError(
+                explain("ThalamusConfig.top_k", f"at most {n_experts} experts", self.config.top_k, remedy)
+            )
+        self.mamba = Mamba(d_model, self.config.mamba_config, residual_branches=residual_branches)
+        if n_experts:
+            self.router_norm = nn.RMSNorm(d_model, eps=1e-6)
+            self.router = linear(d_model, n_experts)
+            self.router.weight = keep_float32(nn.Parameter(torch.randn(n_experts, d_model) * 0.02))
+            self.register_buffer("router_bias", torch.zeros(n_experts))
+            self.register_buffer("pathways", torch.zeros(n_experts, n_experts))
+
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None) -> ThalamusState:
+        """The state before the first position."""
+        mamba = self.mamba.init_state(batch_size, device=device)
+        shape = (batch_size, self.n_experts, self.n_experts)
+        return ThalamusState(mamba, torch.zeros(shape, dtype=torch.float32, device=mamba.ssm.device))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: ThalamusState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        trace: TraceSpec | None = None,
+    ) -> ThalamusOutput:
+        """Relays and routes a sequence.
+
+        Args:
+            x: (B, T, D).
+            state: what an earlier call returned, or None; never modified.
+            segment_ids: (B, T) ints; nothing crosses a change of id.
+            mask: (B, T) bool; False positions are routed nowhere and do not exist for the others.
+            trace: what to record.
+
+        Returns:
+            ThalamusOutput.
+
+        Raises:
+            ShapeError, StateError: arguments that do not fit.
+        """
+        check_state("Thalamus", state, ThalamusState)
+        relayed = self.mamba(x, state and state.mamba, segment_ids=segment_ids, mask=mask)
+        shape = (x.shape[0], self.n_experts, self.n_experts)
+        before = x.new_zeros(shape, dtype=torch.float32) if state is None else state.coactivation
+        if before.shape != shape:
+            raise StateError(explain("thalamus coactivation", shape, tuple(before.shape), "use init_state(batch_size)"))
+        if not self.n_experts:
+            return ThalamusOutput(relayed.y, None, ThalamusState(relayed.state, before))
+        with no_autocast(x):
+            signal = self.router_norm(relayed.y.to(torch.promote_types(relayed.y.dtype, self.router_bias.dtype)))
+            logits = self.router(signal)
+        routing, ranked = self._choose(logits, mask)
+        after = self._fire_together(routing.indices, before, segment_ids, mask)
+        record = None
+        if trace is not None:
+            record = routing_trace(logits, routing.indices, routing.weights, after, trace, mask=mask, ranked=ranked)
+        return ThalamusOutput(relayed.y, routing, ThalamusState(relayed.state, after), record)
+
+    def _choose(self, logits: Tensor, mask: Tensor | None) -> tuple[Routing, Tensor]:
+        """Top-k by biased logits, weights by unbiased ones; also returns what was ranked (B, T, E)."""
+        c = self.config
+        felt = logits
+        if self.training and c.noise > 0:
+            felt = logits + c.noise * torch.randn_like(logits)
+        ranked = felt.detach() + self.router_bias
+        ranked = ranked + c.hebbian_gain * self.pathways[ranked.argmax(-1)]
+        indices = ranked.topk(c.top_k, dim=-1).indices
+        weights = felt.gather(-1, indices).softmax(-1)
+        if mask is not None:
+            indices = indices.masked_fill(~mask[..., None], -1)
+            weights = weights.masked_fill(~mask[..., None], 0.0)
+        return Routing(indices, weights, logits), ranked
+
+    @torch.no_grad()
+    def _fire_together(
+        self, indices: Tensor, coactivation: Tensor, segment_ids: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Coactivation ← λ · coactivation + (1 − λ) a aᵀ a token, for all tokens at once."""
+        decay, experts = self.config.hebbian_decay, self.n_experts
+        fired = coactivation.new_zeros(*indices.shape[:2], experts + 1)
+        fired = fired.scatter(-1, indices.remainder(experts + 1), 1.0)[..., :experts]  # -1 fires the spare column
+        real = torch.ones_like(indices[..., 0]) if mask is None else mask.long()
+        age = real.sum(1, keepdim=True) - real.cumsum(1)  # tokens still to come
+        weight = (1 - decay) * decay ** age.to(coactivation.dtype)
+        kept = decay ** real.sum(1).to(coactivation.dtype)
+        segments = segment_index(segment_ids, mask)
+        if segments is not None:
+            weight = weight * (segments == segments[:, -1:])
+            kept = kept * (segments[:, -1] == 0)
+        return kept[:, None, None] * coactivation + (fired * weight[..., None]).transpose(1, 2) @ fired
+
+    @torch.no_grad()
+    def consolidate(self, state: ThalamusState) -> None:
+        """Turns what fired together into pathways: P(j visited | i visited) − P(j visited), averaged over rows.
+
+        Independent experts get 0. From now on, where i ranks first for a token, j's rank is biased by
+        hebbian_gain times this.
+        """
+        together = state.coactivation.mean(0)
+        alone = together.diagonal()
+        lift = torch.where(alone[:, None] > 0, together / alone[:, None], alone) - alone
+        self.pathways.copy_(lift.fill_diagonal_(0.0))
+
+    @torch.no_grad()
+    def balance(self, load: Tensor) -> None:
+        """Moves router_bias by bias_rate towards the experts that got fewer tokens (DeepSeek-V3, §2.1.2).
+
+        Args:
+            load: (E,) tokens each expert received.
+        """
+        share = load.to(self.router_bias.dtype)
+        self.router_bias += self.config.bias_rate * torch.sign(share.mean() - share)
+
+
+def load_balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """E · Σ_e f_e P_e (Fedus et al. 2021, eq. 4): 1 when perfectly balanced.
+
+    f_e is the share of assignments that went to expert e, P_e its mean router probability.
+    """
+    experts = routing.logits.shape[-1]
+    share = expert_load(routing.indices, experts).to(routing.logits.dtype)
+    share = share / share.sum().clamp(min=1)
+    return experts * (share * _token_mean(routing.logits.softmax(-1), mask)).sum()
+
+
+def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Mean of logsumexp(logits)² (Zoph et al. 2022, eq. 5)."""
+    return _token_mean(routing.logits.logsumexp(-1, keepdim=True).square(), mask).squeeze()
+
+
+def expert_load(indices: Tensor, n_experts: int) -> Tensor:
+    """(E,) int64: how many assignments each expert received; -1 counts nowhere."""
+    spare = indices.flatten().remainder(n_experts + 1)
+    counts = torch.zeros(n_experts + 1, dtype=torch.long, device=indices.device)
+    return counts.scatter_add(0, spare, torch.ones_like(spare))[:n_experts]
+
+
+def _token_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T, K) -> (K,), the mean over unmasked tokens."""
+    if mask is None:
+        return x.mean((0, 1))
+    return torch.where(mask[..., None], x, 0.0).sum((0, 1)) / mask.sum().clamp(min=1)

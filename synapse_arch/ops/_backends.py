@@ -1,0 +1,100 @@
+"""Which implementation of an op runs where.
+
+Every op has a "reference" form (a plain loop, the definition) and a fast pure-PyTorch form; "auto" takes
+the fast one. A name that does not exist is a ConfigError, one that exists but cannot run here is
+BackendUnavailable: nothing is ever replaced silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from synapse_arch.errors import BackendUnavailable, ConfigError, explain
+
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "selective_scan": ("chunked", "reference"),
+    "ssd": ("chunked", "reference"),
+    "mlstm": ("chunked", "reference"),
+    "delta_rule": ("chunked", "reference"),
+    "expert_swiglu": ("sorted", "grouped", "reference"),
+}
+"""The implementations of each op, fastest first."""
+
+_PLANNED = {"triton": "flash-linear-attention's Triton kernels", "mamba_ssm": "mamba-ssm's CUDA kernels"}
+
+
+def resolve(op: str, backend: str) -> str:
+    """The implementation that `backend` means for `op`.
+
+    Raises:
+        ConfigError: `backend` names nothing known.
+        BackendUnavailable: `backend` is an accelerated one that this version or machine cannot run.
+    """
+    if backend == "auto":
+        return BACKENDS[op][0]
+    if backend in BACKENDS[op]:
+        return backend
+    choices = ", ".join(("auto", *BACKENDS[op]))
+    if backend in _PLANNED:
+        raise BackendUnavailable(
+            f"{op}: backend {backend!r} ({_PLANNED[backend]}) is not wired up in this version; use one of {choices}"
+        )
+    raise ConfigError(explain(f"{op} backend", f"one of {choices}", repr(backend)))
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
+
+
+def fall_back(op: str, backend: str, wanted: str, instead: str, reason: str) -> str:
+    """What runs where `wanted` cannot, for `reason`: `instead` under "auto", said once in the log.
+
+    Raises:
+        BackendUnavailable: `backend` asks for `wanted` by name.
+    """
+    if backend == wanted:
+        raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run here: {reason}; use {instead!r} or 'auto'")
+    _log_once(f"{op}: {instead!r} runs in place of {wanted!r}: {reason}")
+    return instead
+
+
+def report() -> dict[str, tuple[str, ...]]:
+    """The implementations each op can run on this machine, the one "auto" takes first."""
+    return dict(BACKENDS)
+
+
+def installed(package: str) -> bool:
+    """Whether an optional package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where any tensor is float64, float32 otherwise: recurrences never run narrower."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast narrows matrix products on `x`'s device."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A region on `x`'s device where autocast does not narrow matrix products."""
+    if autocast_enabled(x):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def widen(dtype: torch.dtype, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in `dtype`."""
+    return [x.to(dtype) for x in tensors]

@@ -1,0 +1,195 @@
+"""Sparse SwiGLU experts: each token visits the experts it was routed to, none is ever dropped.
+
+    y_n = Σ_j weights[n, j] · (silu(x_n Wg_e) ∘ (x_n Wu_e)) W_out_e,   e = indices[n, j], [Wg, Wu] = w_in_e
+
+n tokens, k slots a token (index -1 = unused slot), E experts, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from synapse_arch.errors import ShapeError, explain
+from synapse_arch.ops._backends import autocast_enabled, fall_back, resolve
+from synapse_arch.ops._checks import Sizes, check_float, check_shape
+
+
+def expert_swiglu(
+    x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Sends tokens through their experts and adds up what comes back.
+
+    Args:
+        x: (n, D) tokens.
+        w_in: (E, D, 2F) gate columns first, then up columns.
+        w_out: (E, F, D).
+        indices: (n, k) integers in -1 .. E-1; -1 marks a slot that is not used, so k may differ by token.
+        weights: (n, k) combination weights; an unused slot's weight is ignored.
+        backend: "sorted" (tokens grouped by expert, one pair of products an expert), "grouped"
+            (the same as grouped matrix products, no host synchronisation; "auto" takes it off the CPU),
+            or "reference" (every expert on every token).
+
+    Returns:
+        (n, D) in x's dtype (under autocast, in autocast's).
+
+    Raises:
+        ShapeError: arguments that do not fit. ConfigError, BackendUnavailable: the backend.
+    """
+    sizes: Sizes = {}
+    check_shape("x", x, "n D", sizes)
+    check_shape("w_out", w_out, "E F D", sizes, remedy="stack experts as (E, F, D)")
+    check_shape("w_in", w_in, "E D G", sizes, remedy="stack experts as (E, D, 2F)")
+    if sizes["G"] != 2 * sizes["F"]:
+        raise ShapeError(explain("w_in", f"(E, D, 2F) with F={sizes['F']}", tuple(w_in.shape)))
+    check_shape("indices", indices, "n k", sizes)
+    check_shape("weights", weights, "n k", sizes)
+    check_float(x=x, w_in=w_in, w_out=w_out, weights=weights)
+    if indices.dtype.is_floating_point or indices.dtype == torch.bool:
+        raise ShapeError(explain("indices", "an integer dtype", indices.dtype))
+    for name, w in (("w_in", w_in), ("w_out", w_out)):
+        if w.dtype != x.dtype and not autocast_enabled(x):
+            raise ShapeError(explain(name, f"x's dtype {x.dtype}", w.dtype, "convert one of them, or use autocast"))
+    if indices.device.type == "cpu":  # elsewhere it would wait for the device
+        _check_indices(indices, sizes["E"])
+    chosen = resolve("expert_swiglu", backend)
+    if backend == "auto" and x.device.type != "cpu":
+        chosen = "grouped"
+    if autocast_enabled(x):
+        narrow = torch.get_autocast_dtype(x.device.type)
+        x, w_in, w_out = x.to(narrow), w_in.to(narrow), w_out.to(narrow)
+    if chosen == "grouped" and (reason := _ungroupable(x, sizes)):
+        chosen = fall_back("expert_swiglu", backend, "grouped", "sorted", reason)
+    if chosen == "reference":
+        return _reference(x, w_in, w_out, indices, weights)
+    order, counts = sort_by_expert(indices, sizes["E"])
+    share = weights.reshape(-1)[order].to(x.dtype)
+    if chosen == "grouped":
+        return _grouped(x, w_in, w_out, order, share, counts)
+    return _Sorted.apply(x, w_in, w_out, order, share, counts)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _check_indices(indices: Tensor, experts: int) -> None:
+    """Raises ShapeError where an index names no expert."""
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < -1 or high >= experts:
+        expected = f"-1 (unused) or 0 to {experts - 1}"
+        raise ShapeError(explain("indices", expected, low if low < -1 else high, "E is w_in's first dimension"))
+
+
+def _ungroupable(x: Tensor, sizes: Sizes) -> str:
+    """Why the grouped matrix product cannot take these widths and dtype; empty if it can."""
+    if x.dtype == torch.float64:
+        return "it has no float64"
+    unit = 16 // x.element_size()
+    if sizes["D"] % unit or sizes["F"] % unit:
+        return f"in {x.dtype} the widths D={sizes['D']} and F={sizes['F']} must be multiples of {unit}"
+    return ""
+
+
+def _reference(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Every expert on every token, weighted by zero where it was not chosen."""
+    y = torch.zeros_like(x)
+    for e in range(w_in.shape[0]):
+        gate, up = (x @ w_in[e]).chunk(2, dim=-1)
+        share = torch.where(indices == e, weights, 0.0).sum(-1, keepdim=True).to(x.dtype)
+        y = y + share * ((F.silu(gate) * up) @ w_out[e])
+    return y
+
+
+def sort_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Groups the slots of `indices` (n, k) by expert, unused ones last, without host synchronisation.
+
+    Returns:
+        order (n·k,) the flat slots sorted by expert, and counts (E,), how many each expert received.
+    """
+    flat = indices.reshape(-1)
+    owner = torch.where(flat < 0, experts, flat)
+    order = torch.argsort(owner, stable=True)
+    bounds = torch.arange(experts + 1, device=flat.device, dtype=flat.dtype)
+    return order, torch.searchsorted(owner[order], bounds).diff()
+
+
+def _grouped(x: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, share: Tensor, counts: Tensor) -> Tensor:
+    """Two grouped matrix products over the sorted slots; the rows behind the last expert's are unused slots."""
+    slots = order.shape[0] // x.shape[0]
+    ends = counts.cumsum(0).to(torch.int32)
+    used = (torch.arange(order.shape[0], device=x.device) < ends[-1])[:, None]
+    share = torch.where(used[:, 0], share, 0.0)
+    w_in, w_out = w_in.contiguous(), w_out.contiguous()
+    # What a grouped product leaves behind its last offset, forward and backward, is whatever memory held: cut off.
+    hidden = F.grouped_mm(torch.where(used, x[order // slots], 0.0), w_in, offs=ends)
+    gate, up = torch.where(used, hidden, 0.0).chunk(2, dim=-1)
+    rows = torch.where(used, F.grouped_mm(torch.where(used, F.silu(gate) * up, 0.0), w_out, offs=ends), 0.0)
+    rows = rows * share[:, None]
+    return rows[torch.argsort(order)].view(-1, slots, x.shape[1]).sum(1)
+
+
+class _Sorted(torch.autograd.Function):
+    """One pair of products an expert. Keeps the first product only; writes each weight gradient where it belongs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, share: Tensor, counts: Tensor
+    ) -> Tensor:
+        slots = order.shape[0] // x.shape[0]
+        sections = counts.tolist()
+        used = sum(sections)
+        tokens = order // slots
+        hidden = x.new_empty(used, w_in.shape[2])
+        rows = x.new_empty(order.shape[0], x.shape[1])
+        rows[used:] = 0.0
+        for e, span in _spans(sections):
+            torch.mm(x[tokens[span]], w_in[e], out=hidden[span])
+            gate, up = hidden[span].chunk(2, dim=-1)
+            torch.mm(F.silu(gate).mul_(up), w_out[e], out=rows[span])
+        rows[:used] *= share[:used, None]
+        inverse = torch.argsort(order)
+        ctx.save_for_backward(x, w_in, w_out, tokens, inverse, share, hidden)
+        ctx.sections = sections
+        return rows[inverse].view(-1, slots, x.shape[1]).sum(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_in, w_out, tokens, inverse, share, hidden = ctx.saved_tensors
+        wants_x, wants_in, wants_out, _, wants_share, _ = ctx.needs_input_grad
+        grad_in = torch.zeros_like(w_in) if wants_in else None
+        grad_out = torch.zeros_like(w_out) if wants_out else None
+        grad_share = torch.zeros_like(share)
+        rows = x.new_empty(tokens.shape[0], x.shape[1]) if wants_x else None
+        if rows is not None:
+            rows[hidden.shape[0] :] = 0.0
+        for e, span in _spans(ctx.sections):
+            arriving, scale = grad[tokens[span]], share[span, None]
+            gate, up = hidden[span].chunk(2, dim=-1)
+            lit = F.silu(gate)
+            active = lit * up
+            back = arriving @ w_out[e].T
+            if wants_share:
+                grad_share[span] = torch.linalg.vecdot(back, active)
+            if grad_out is not None:
+                torch.mm(active.T, arriving * scale, out=grad_out[e])
+            back *= scale
+            before = torch.empty_like(hidden[span])
+            torch.mul(back, lit, out=before[:, lit.shape[1] :])
+            before[:, : lit.shape[1]] = torch.ops.aten.silu_backward(back.mul_(up), gate)
+            if grad_in is not None:
+                torch.mm(x[tokens[span]].T, before, out=grad_in[e])
+            if rows is not None:
+                torch.mm(before, w_in[e].T, out=rows[span])
+        grad_x = None if rows is None else rows[inverse].view(x.shape[0], -1, x.shape[1]).sum(1)
+        return grad_x, grad_in, grad_out, None, grad_share, None
+
+
+def _spans(sections: list[int]) -> Iterator[tuple[int, slice]]:
+    """The experts that received slots, each with its rows among the sorted slots."""
+    start = 0
+    for e, count in enumerate(sections):
+        if count:
+            yield e, slice(start, start + count)
+        start += count

@@ -1,0 +1,205 @@
+"""mLSTM: a matrix memory with exponential input gate and sigmoid forget gate (Beck et al. 2024, eq. 19-27).
+
+    C_t = σ(f_t) C_{t-1} + exp(i_t) k_t v_tᵀ     n_t = σ(f_t) n_{t-1} + exp(i_t) k_t
+    h_t = C_tᵀ q_t / max(|n_tᵀ q_t|, 1)          with q scaled by K^-½
+
+stored relative to exp(m), m_t = max(log σ(f_t) + m_{t-1}, i_t), so that nothing overflows. A fresh state has
+C = n = m = 0. B batch, T time, H heads, K key width, V value width, N chunks, c chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from synapse_arch.errors import StateError, explain
+from synapse_arch.ops._backends import compute_dtype, no_autocast, resolve, widen
+from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
+from synapse_arch.ops._chunking import Reach, carry, chunk_heads, decay_gaps, reach, unchunk_heads
+from synapse_arch.ops._packing import segment_index
+
+
+class MLSTMState(NamedTuple):
+    """The memory relative to exp(m): the true matrix memory is exp(m) · C, the true normaliser exp(m) · n."""
+
+    C: Tensor  # (B, H, K, V)
+    n: Tensor  # (B, H, K)
+    m: Tensor  # (B, H)
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MLSTMState | None = None,
+    *,
+    segment_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> tuple[Tensor, MLSTMState]:
+    """Runs the mLSTM cell over a sequence.
+
+    Args:
+        q: (B, T, H, K) queries, scaled by K^-½ inside.
+        k: (B, T, H, K) keys.
+        v: (B, T, H, V) values.
+        i: (B, T, H) input-gate pre-activations (the gate is exp).
+        f: (B, T, H) forget-gate pre-activations (the gate is sigmoid).
+        state: what an earlier call returned, or None; never modified.
+        segment_ids: (B, T) ints; the state does not cross a change of id.
+        mask: (B, T) bool; False positions neither write nor decay the state.
+        chunk_size: positions computed side by side ("chunked").
+        backend: "auto", "chunked" or "reference".
+
+    Returns:
+        h (B, T, H, V) in v's dtype and the final MLSTMState, float32 or wider.
+
+    Raises:
+        ShapeError, StateError: arguments that do not fit. ConfigError, BackendUnavailable: the backend.
+    """
+    sizes: Sizes = {}
+    check_shape("q", q, "B T H K", sizes, remedy="a sequence needs at least one position")
+    check_shape("k", k, "B T H K", sizes, remedy="check n_heads")
+    check_shape("v", v, "B T H V", sizes, remedy="check n_heads")
+    check_shape("i", i, "B T H", sizes)
+    check_shape("f", f, "B T H", sizes)
+    check_float(q=q, k=k, v=v, i=i, f=f)
+    check_packing(segment_ids, mask, sizes)
+    check_chunk_size(chunk_size)
+    if state is not None:
+        if not (isinstance(state, tuple) and len(state) == 3):
+            raise StateError(explain("state", "an MLSTMState(C, n, m)", type(state).__name__))
+        state = MLSTMState(*state)
+        for name, letters in (("C", "B H K V"), ("n", "B H K"), ("m", "B H")):
+            leaf = getattr(state, name)
+            if leaf is None:
+                raise StateError(explain(f"state.{name}", "a tensor", None))
+            check_state(f"state.{name}", leaf, letters, sizes)
+    chosen = resolve("mlstm", backend)
+    with no_autocast(v):
+        dtype = compute_dtype(q, k, v, i, f, *(state or ()))
+        qs, ks, vs, log_i, log_f = widen(dtype, (q, k, v, i, f))
+        qs, log_f = qs * sizes["K"] ** -0.5, F.logsigmoid(log_f)
+        if mask is not None:
+            log_i = log_i.masked_fill(~mask[..., None], -torch.inf)
+            log_f = log_f.masked_fill(~mask[..., None], 0.0)
+        if state is None:
+            state = fresh_state(sizes["B"], sizes["H"], sizes["K"], sizes["V"], like=vs)
+        state = MLSTMState(*widen(dtype, state))
+        segments = segment_index(segment_ids, mask)
+        if chosen == "reference" or sizes["T"] == 1:
+            h, final = _reference(qs, ks, vs, log_i, log_f, state, segments)
+        else:
+            h, final = _chunked(qs, ks, vs, log_i, log_f, state, segments, min(chunk_size, sizes["T"]))
+    return h.to(v.dtype), final
+
+
+def fresh_state(batch: int, heads: int, key_width: int, value_width: int, *, like: Tensor) -> MLSTMState:
+    """The state before the first position, of `like`'s dtype and device."""
+    return MLSTMState(
+        like.new_zeros(batch, heads, key_width, value_width),
+        like.new_zeros(batch, heads, key_width),
+        like.new_zeros(batch, heads),
+    )
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState, segments: Tensor | None
+) -> tuple[Tensor, MLSTMState]:
+    """The recurrence, one position after another."""
+    C, n, m = state
+    outputs = []
+    for t in range(q.shape[1]):
+        if segments is not None and t > 0:
+            same = (segments[:, t] == segments[:, t - 1])[:, None]
+            C, n, m = (torch.where(same[(..., *[None] * (z.dim() - 2))], z, 0.0) for z in (C, n, m))
+        stabiliser = torch.maximum(log_f[:, t] + m, log_i[:, t])
+        forget = (log_f[:, t] + m - stabiliser).exp()
+        write = (log_i[:, t] - stabiliser).exp()[..., None] * k[:, t]
+        C = forget[..., None, None] * C + write[..., None] * v[:, t, :, None, :]
+        n = forget[..., None] * n + write
+        m = stabiliser
+        weight = (n * q[:, t]).sum(-1)
+        read = (C * q[:, t, ..., None]).sum(-2)
+        outputs.append(_normalised(read, weight, m))
+    return torch.stack(outputs, dim=1), MLSTMState(C, n, m)
+
+
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState, segments: Tensor | None, size: int
+) -> tuple[Tensor, MLSTMState]:
+    """Gated score matrices inside chunks, a carried (C, n) between them; v carries a column of ones for n.
+
+    The stabiliser cancels in h, so it is a constant to the gradient everywhere but in the state returned.
+    """
+    length = q.shape[1]
+    visible = reach(segments, size, length, q.device)
+    padding = -length % size
+    log_i = F.pad(log_i, (0, 0, 0, padding), value=-torch.inf)
+    log_i, log_f = chunk_heads(log_i, size), chunk_heads(log_f, size)  # (B, H, N, c)
+    q, k = chunk_heads(q, size), chunk_heads(k, size)  # (B, H, N, c, K)
+    v1 = chunk_heads(F.pad(v, (0, 1), value=1.0), size)  # (B, H, N, c, V+1)
+
+    total = log_f.cumsum(-1)
+    gates = decay_gaps(log_f) + log_i[..., None, :]  # log weight of j's write at i
+    gates = gates.masked_fill(~visible.pairs, -torch.inf)
+    largest = gates.detach().amax(-1)
+    entering, m_final = _stabilisers(total, log_f, gates[..., -1, :].amax(-1), visible, state.m)
+    from_start = total + entering.detach()[..., None]  # log weight of the incoming state at i
+    if visible.carried is not None:
+        decayed = (visible.pairs.to(log_f.dtype) @ log_f[..., None]).squeeze(-1)  # from the segment's own start
+        fresh = torch.where(visible.carried, from_start, decayed)
+        from_start = from_start.masked_fill(~visible.carried, -torch.inf)
+    else:
+        fresh = from_start
+    m = torch.maximum(fresh.detach(), largest)
+    m_out = m[..., -1]
+
+    scores = (q @ k.transpose(-1, -2)) * (gates - m[..., None]).exp()
+    update = (k * (gates[..., -1, :] - m_out[..., None]).exp()[..., None]).transpose(-1, -2) @ v1
+    decay = (from_start[..., -1] - m_out).exp()
+    memory = torch.cat([state.C, state.n[..., None]], dim=-1)
+    memory = memory * (state.m - state.m.detach()).exp()[..., None, None]  # 1, but it lets state.m's gradient in
+    before, final = carry(decay, update, memory)
+    read = scores @ v1 + (q * (from_start - m).exp()[..., None]) @ before
+    h = _normalised(read[..., :-1], read[..., -1], m)
+    final = final * (m_out[..., -1] - m_final).exp()[..., None, None]
+    # copies: views of one tensor could not be saved, and would keep each other alive
+    return unchunk_heads(h, length), MLSTMState(final[..., :-1].clone(), final[..., -1].clone(), m_final)
+
+
+def _normalised(read: Tensor, weight: Tensor, m: Tensor) -> Tensor:
+    """The quotient read / max(|weight|, e^-m), where read and weight are relative to e^m.
+
+    The exponent stops where e^±m leaves the dtype's range: h is 0 there but for rounding, and never 0 / 0.
+    """
+    limit = -math.log(torch.finfo(m.dtype).tiny)
+    floor = (-m).clamp(-limit, limit).exp()
+    return read / torch.maximum(weight.abs(), floor)[..., None]
+
+
+def _stabilisers(total: Tensor, log_f: Tensor, largest: Tensor, visible: Reach, m: Tensor) -> tuple[Tensor, Tensor]:
+    """The stabiliser entering each chunk (B, H, N), and the one leaving the last (B, H).
+
+    total: (B, H, N, c) cumulative log forget gates; largest: (B, H, N) the heaviest write at each chunk's end.
+    """
+    through = total[..., -1]
+    entering = []
+    if visible.carried is not None:
+        last = visible.pairs[..., -1, :].to(log_f.dtype)
+        fresh = (last * log_f).sum(-1)  # log weight at the end of what stood at the last segment's start
+        kept = visible.carried[..., -1]
+    for n in range(total.shape[2]):
+        entering.append(m)
+        base = through[..., n] + m
+        if visible.carried is not None:
+            base = torch.where(kept[..., n], base, fresh[..., n])
+        m = torch.maximum(base, largest[..., n])
+    return torch.stack(entering, dim=-1), m

@@ -1,0 +1,135 @@
+"""State-space duality: the Mamba-2 recurrence with one scalar decay a head (Dao & Gu 2024).
+
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_tᵀ        y_t = S_t C_t + D x_t
+
+B batch, T time, H heads, P head width, G groups sharing B and C, N state width, c chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from synapse_arch.errors import ShapeError, explain
+from synapse_arch.ops._backends import compute_dtype, no_autocast, resolve
+from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
+from synapse_arch.ops._chunking import carry, chunk_heads, decay_gaps, reach, unchunk_heads
+from synapse_arch.ops._packing import segment_index
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    segment_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Runs the Mamba-2 recurrence over a sequence.
+
+    Args:
+        x: (B, T, H, P) inputs.
+        dt: (B, T, H) step sizes, > 0.
+        A: (H,) rates, < 0.
+        B: (B, T, G, N) input maps; head h uses group h // (H / G).
+        C: (B, T, G, N) output maps.
+        D: (H,) skip weights, optional.
+        state: (B, H, P, N) float32 or wider, or None for zeros; never modified.
+        segment_ids: (B, T) ints; the state does not cross a change of id.
+        mask: (B, T) bool; False positions neither write nor decay the state.
+        chunk_size: positions computed side by side ("chunked").
+        backend: "auto", "chunked" or "reference".
+
+    Returns:
+        y (B, T, H, P) in x's dtype and the final state (B, H, P, N), float32 or wider.
+
+    Raises:
+        ShapeError, StateError: arguments that do not fit. ConfigError, BackendUnavailable: the backend.
+    """
+    sizes: Sizes = {}
+    check_shape("x", x, "B T H P", sizes, remedy="a sequence needs at least one position")
+    check_shape("dt", dt, "B T H", sizes)
+    check_shape("A", A, "H", sizes)
+    check_shape("B", B, "B T G N", sizes)
+    check_shape("C", C, "B T G N", sizes)
+    if D is not None:
+        check_shape("D", D, "H", sizes)
+    check_state("state", state, "B H P N", sizes)
+    check_float(x=x, dt=dt, A=A, B=B, C=C, D=D)
+    check_packing(segment_ids, mask, sizes)
+    check_chunk_size(chunk_size)
+    if sizes["H"] % sizes["G"]:
+        raise ShapeError(explain("B", f"a number of groups that divides H={sizes['H']}", sizes["G"]))
+    chosen = resolve("ssd", backend)
+    with no_autocast(x):
+        dtype = compute_dtype(x, dt, A, state)
+        wide, steps = x.to(dtype), dt.to(dtype)
+        if mask is not None:
+            steps = torch.where(mask[..., None], steps, 0.0)  # dt = 0 neither decays nor writes
+        if state is None:
+            state = wide.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"])
+        segments = segment_index(segment_ids, mask)
+        args = (wide, steps, steps * A.to(dtype), B.to(dtype), C.to(dtype), state.to(dtype), segments)
+        if chosen == "reference" or sizes["T"] == 1:
+            y, final = _reference(*args)
+        else:
+            y, final = _chunked(*args, min(chunk_size, sizes["T"]))
+        if D is not None:
+            y = torch.addcmul(y, wide, D.to(dtype)[:, None])
+    return y.to(x.dtype), final
+
+
+def _reference(
+    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, one position after another."""
+    heads, groups = x.shape[2], B.shape[2]
+    B, C = (z.repeat_interleave(heads // groups, dim=2) for z in (B, C))
+    outputs = []
+    for t in range(x.shape[1]):
+        if segments is not None and t > 0:
+            state = torch.where((segments[:, t] == segments[:, t - 1])[:, None, None, None], state, 0.0)
+        write = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
+        state = log_decay[:, t].exp()[..., None, None] * state + write
+        outputs.append((state * C[:, t, :, None, :]).sum(-1))
+    return torch.stack(outputs, dim=1), state
+
+
+def _chunked(
+    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None, size: int
+) -> tuple[Tensor, Tensor]:
+    """Masked-decay matrix products inside chunks (Dao & Gu 2024, §6), a carried state between them.
+
+    The heads of a group share B and C, so they stand side by side in the products with them: (c, N) with
+    (N, R P), R = H / G heads.
+    """
+    length, heads, width = x.shape[1:]
+    groups = B.shape[2]
+    visible = reach(segments, size, length, x.device)
+    rates, steps = chunk_heads(log_decay, size), chunk_heads(dt, size)  # (B, H, n, c)
+    Bs, Cs = chunk_heads(B, size), chunk_heads(C, size)  # (B, G, n, c, N)
+    xs = chunk_heads(x, size)  # (B, H, n, c, P)
+
+    decays = decay_gaps(rates).exp()
+    scores = (Cs @ Bs.transpose(-1, -2)).masked_fill(~visible.pairs, 0.0)
+    within = (scores[:, :, None] * decays.unflatten(1, (groups, heads // groups))).flatten(1, 2) * steps[..., None, :]
+
+    from_start = rates.cumsum(-1).exp()
+    to_end = decays[..., -1, :] * steps
+    if visible.carried is not None:
+        from_start = from_start * visible.carried
+        to_end = to_end * visible.pairs[..., -1, :]
+    weighted = rearrange(xs * to_end[..., None], "b (g r) n c p -> b g n (r p) c", g=groups)
+    update = rearrange(weighted @ Bs, "b g n (r p) m -> b (g r) n p m", p=width)
+    entering, final = carry(from_start[..., -1], update, state)
+    carried = Cs @ rearrange(entering, "b (g r) n p m -> b g n m (r p)", g=groups)
+    carried = rearrange(carried, "b g n c (r p) -> b (g r) n c p", p=width)
+    y = torch.addcmul(within @ xs, carried, from_start[..., None])
+    return unchunk_heads(y, length), final

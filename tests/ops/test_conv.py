@@ -1,0 +1,71 @@
+"""causal_conv1d against torch's own convolution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from synapse_arch.errors import ShapeError, StateError
+from synapse_arch.ops import causal_conv1d
+from tests.helpers import Tensors, assert_same, measure
+
+
+def torch_conv(z: Tensors) -> Tensors:
+    """torch.nn.functional.conv1d over the state and the inputs, one group a channel."""
+    padded = torch.cat([z["state"], z["x"]], dim=1)
+    y = F.conv1d(padded.transpose(1, 2), z["weight"][:, None], z.get("bias"), groups=z["weight"].shape[0])
+    return {"y": y.transpose(1, 2), "state": padded[:, padded.shape[1] - z["state"].shape[1] :]}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("length", [1, 2, 3, 50])
+@pytest.mark.parametrize("width", [2, 3, 4, 7])
+def test_equals_torch(width: int, length: int, bias: bool) -> None:
+    tensors = {"x": (2, length, 5), "weight": (5, width), "bias": (5,), "state": (2, width - 1, 5)}
+    drawn = {name: torch.randn(shape, dtype=torch.float64) for name, shape in tensors.items()}
+    if not bias:
+        del drawn["bias"]
+    ours = measure(lambda z: dict(zip(("y", "state"), causal_conv1d(**z), strict=True)), drawn)
+    assert_same(ours, measure(torch_conv, drawn))
+
+
+def test_the_last_column_meets_the_current_position() -> None:
+    x = torch.tensor([1.0, 10.0, 100.0]).reshape(1, 3, 1)
+    y, state = causal_conv1d(x, torch.tensor([[2.0, 3.0]]), torch.tensor([0.5]), torch.tensor([[[7.0]]]))
+    assert y.flatten().tolist() == [2 * 7 + 3 * 1 + 0.5, 2 * 1 + 3 * 10 + 0.5, 2 * 10 + 3 * 100 + 0.5]
+    assert state.flatten().tolist() == [100.0]
+
+
+def test_the_state_holds_the_last_segment_alone() -> None:
+    x = torch.arange(1.0, 6.0).reshape(1, 5, 1)
+    weight = torch.ones(1, 4)
+    ids = torch.tensor([[0, 0, 0, 1, 1]])
+    _, state = causal_conv1d(x, weight, segment_ids=ids)
+    assert state.flatten().tolist() == [0.0, 4.0, 5.0]
+    mask = torch.tensor([[True, True, True, True, False]])
+    _, state = causal_conv1d(x, weight, segment_ids=ids, mask=mask)
+    assert state.flatten().tolist() == [0.0, 0.0, 4.0]
+    _, state = causal_conv1d(x, weight, mask=torch.tensor([[True, False, True, False, True]]))
+    assert state.flatten().tolist() == [1.0, 3.0, 5.0]
+
+
+def narrow(x: Tensor) -> Tensor:
+    return x.bfloat16()
+
+
+def test_bfloat16_is_rounded_once() -> None:
+    x, weight = narrow(torch.randn(2, 30, 8)), narrow(torch.randn(8, 4))
+    y, state = causal_conv1d(x, weight)
+    exact, _ = causal_conv1d(x.float(), weight.float())
+    assert torch.equal(y, narrow(exact))
+    assert state.dtype == torch.float32
+
+
+def test_what_does_not_fit() -> None:
+    x = torch.randn(2, 5, 3)
+    with pytest.raises(ShapeError, match="W at least 2"):
+        causal_conv1d(x, torch.ones(3, 1))
+    with pytest.raises(StateError, match=r"state: expected \(B, 3, D\)"):
+        causal_conv1d(x, torch.ones(3, 4), state=torch.zeros(2, 2, 3))

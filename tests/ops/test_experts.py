@@ -1,0 +1,146 @@
+"""expert_swiglu against a loop over tokens, in every form, with unequal numbers of experts a token."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from synapse_arch.errors import BackendUnavailable
+from synapse_arch.ops import expert_swiglu
+from synapse_arch.ops._backends import fall_back
+from tests.contracts.cases import normal, uniform
+from tests.helpers import Tensors, assert_equal, assert_same, cast, measure
+
+E, D, WIDTH, K, TOKENS = 5, 16, 8, 3, 40
+FORMS = pytest.mark.parametrize("backend", ["reference", "sorted", "grouped"])
+
+
+def draw(dtype: torch.dtype = torch.float64) -> Tensors:
+    tensors = {
+        "x": normal(TOKENS, D), "w_in": normal(E, D, 2 * WIDTH), "w_out": normal(E, WIDTH, D),
+        "weights": uniform(0, 1, TOKENS, K),
+    }  # fmt: skip
+    return cast(tensors, dtype)
+
+
+def route(unused: float = 0.3, experts: int = E) -> Tensor:
+    indices = torch.stack([torch.randperm(E)[:K].clamp(max=experts - 1) for _ in range(TOKENS)])
+    return indices.masked_fill(torch.rand(TOKENS, K) < unused, -1)
+
+
+def by_token(z: Tensors, indices: Tensor) -> Tensors:
+    rows = []
+    for n in range(len(indices)):
+        y = torch.zeros_like(z["x"][n])
+        for j, e in enumerate(indices[n].tolist()):
+            if e >= 0:
+                gate, up = (z["x"][n] @ z["w_in"][e]).split(WIDTH)
+                y = y + z["weights"][n, j] * ((F.silu(gate) * up) @ z["w_out"][e])
+        rows.append(y)
+    return {"y": torch.stack(rows)}
+
+
+def dtype_of(backend: str) -> torch.dtype:
+    return torch.float32 if backend == "grouped" else torch.float64  # the grouped product has no float64
+
+
+def run(backend: str, indices: Tensor, tensors: Tensors) -> Tensors:
+    return measure(lambda z: {"y": expert_swiglu(**z, indices=indices, backend=backend)}, tensors)
+
+
+@FORMS
+@pytest.mark.parametrize("unused", [0.0, 0.3, 1.0])
+def test_equals_a_loop_over_tokens(backend: str, unused: float) -> None:
+    tensors, indices = draw(dtype_of(backend)), route(unused)
+    assert_same(run(backend, indices, tensors), measure(lambda z: by_token(z, indices), tensors))
+
+
+@FORMS
+def test_experts_without_tokens_and_one_expert_twice(backend: str) -> None:
+    tensors, indices = draw(dtype_of(backend)), route(0.1, experts=2)
+    result = run(backend, indices, tensors)
+    assert_same(result, measure(lambda z: by_token(z, indices), tensors))
+    assert not result["grad w_in"][2:].any()
+    assert not result["grad w_out"][2:].any()
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_layouts(backend: str, dtype: torch.dtype) -> None:
+    tensors, indices = draw(dtype_of(backend)), route()
+    strided = {name: x.transpose(0, -1).contiguous().transpose(0, -1) for name, x in tensors.items()}
+    expected = run(backend, indices, tensors)
+    assert_same(run(backend, indices.T.contiguous().T.to(dtype), strided), expected)
+    total = measure(
+        lambda z: {"y": expert_swiglu(**z, indices=indices, backend=backend).sum()}, tensors
+    )  # expanded grad
+    assert all(x.isfinite().all() for x in total.values())
+
+
+@FORMS
+def test_unused_slots_and_other_tokens_do_not_matter(backend: str) -> None:
+    """NaN in an unused slot's weight and in another token: neither outputs nor gradients of the rest notice."""
+    tensors, indices = draw(dtype_of(backend)), route()
+    indices[7] = torch.tensor([0, -1, 1])
+    other = torch.arange(TOKENS) != 7
+    indices[3] = torch.tensor([-1, -1, -1])
+    poisoned = tensors | {"weights": tensors["weights"].masked_fill(indices < 0, torch.nan), "x": tensors["x"].clone()}
+    if backend != "reference":  # which sends every token through every expert
+        poisoned["x"][3] = torch.nan
+    expected = run(backend, indices, tensors)
+    actual = run(backend, indices, poisoned)
+    assert_same(actual, expected)
+    poisoned["x"][7] = torch.nan
+    y = expert_swiglu(**poisoned, indices=indices, backend=backend)
+    assert_same({"y": y[other]}, {"y": expected["y"][other]})
+
+
+@FORMS
+def test_no_uninitialised_memory_is_read(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, indices = draw(dtype_of(backend)), route()
+    expected = run(backend, indices, tensors)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        allocate = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, f=allocate, **k: f(*a, **k).fill_(torch.nan))
+    assert_equal(run(backend, indices, tensors), expected)
+
+
+@FORMS
+def test_autocast_runs_the_products_in_its_dtype(backend: str) -> None:
+    tensors, indices = draw(torch.float32), route()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = run(backend, indices, tensors)
+    expected = measure(lambda z: by_token(z, indices), tensors)
+    assert result["y"].dtype == torch.bfloat16
+    for name, x in expected.items():
+        assert (result[name].float() - x).norm() < 0.03 * x.norm(), name
+        if name.startswith("grad"):
+            assert result[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("frozen", ["x", "w_in", "w_out", "weights"])
+def test_gradients_that_nobody_wants_are_not_needed(frozen: str) -> None:
+    tensors, indices = draw(), route()
+    expected = run("sorted", indices, tensors)
+    fixed = tensors[frozen]
+    rest = {name: x for name, x in tensors.items() if name != frozen}
+    actual = measure(lambda z: {"y": expert_swiglu(**z, **{frozen: fixed}, indices=indices)}, rest)
+    assert_same(actual, {name: x for name, x in expected.items() if name != f"grad {frozen}"})
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(WIDTH, torch.float64), (6, torch.float32), (12, torch.bfloat16)])
+def test_grouped_says_what_it_cannot_run(width: int, dtype: torch.dtype) -> None:
+    z = cast({"x": normal(4, D), "w_in": normal(E, D, 2 * width), "w_out": normal(E, width, D)}, dtype)
+    with pytest.raises(BackendUnavailable, match=r"'grouped' cannot run here: .*; use 'sorted' or 'auto'"):
+        expert_swiglu(**z, indices=torch.zeros(4, 1).long(), weights=torch.ones(4, 1), backend="grouped")
+
+
+def test_a_fall_back_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert fall_back("expert_swiglu", "auto", "grouped", "sorted", "of a test") == "sorted"
+    assert caplog.messages == ["expert_swiglu: 'sorted' runs in place of 'grouped': of a test"]

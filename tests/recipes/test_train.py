@@ -1,0 +1,308 @@
+"""The training program end to end, on a model of a few thousand parameters: it learns, stops, resumes, refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from recipes import checkpoint, trainer
+from recipes.data import Batch, Windows
+from recipes.train import main, speedup_bf16
+from synapse_arch import SynapseModel
+from synapse_arch.errors import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "d_model=16", "n_layers=1", "thalamus.d_state=4", "thalamus.head_dim=8", "experts.n_experts=4",
+    "experts.d_expert=16", "xlstm.n_heads=2", "memory.n_heads=2", "memory.d_key=4", "memory.d_value=4",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(8):
+        lines = (f"def function_{number}_{line}(x):\n    return x + {line}\n" for line in range(30))
+        (folder / f"file_{number}.py").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def arguments(text: Path) -> list[str]:
+    given = ["--data", str(text), "--batch-size", "4", "--length", "32", "--mixed-precision", "no", "--threads", "1"]
+    return [*given, "--sample-tokens", "0", *(word for value in SMALL for word in ("--set", value))]
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["language"] for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    folder = checkpoint.latest(out)
+    return load_file(folder / "model.safetensors") | load_file(folder / "trainer.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_learns_and_reports(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments[arguments.index("--sample-tokens") + 1] = "8"
+    out = tmp_path / "run"
+    assert main([*arguments, "--out", str(out), "--steps", "40", "--lr", "1e-2"]) == 0
+    found = losses(out)
+    assert len(found) == 4
+    assert found[-1] < 0.8 * found[0]
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    assert result["step"] == 40
+    assert result["bits_per_byte"].keys() == {"model", "gzip -9", "xz -9"}
+    assert result["bits_per_byte"]["model"] < 6
+    model = SynapseModel.from_pretrained(checkpoint.latest(out))
+    assert model.config.d_model == 16
+    shown = capsys.readouterr()
+    assert "Held-out bits per byte" in shown.out
+    assert "A sample, after" in shown.out
+    assert "layer 0" in shown.out
+    assert str(checkpoint.latest(out)) in shown.out
+    assert "bits/byte" in shown.err
+    assert sorted(item.name for item in out.iterdir()) == ["log.jsonl", "result.json", "run.json", "step-00000040"]
+
+
+@pytest.mark.parametrize("extra", [[], ["--set", "thalamus.noise=0.1", "--set", "thalamus.bias_rate=0.01"]])
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, arguments: list[str], extra: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*arguments, *extra, "--out", str(whole), "--steps", "20"]) == 0
+    interrupt_at(7, monkeypatch)
+    assert main([*arguments, *extra, "--out", str(parts), "--steps", "20"]) == 0
+    assert checkpoint.latest(parts).name == "step-00000008"
+    monkeypatch.undo()
+    torch.manual_seed(123)
+    assert main(["--out", str(parts), "--resume", "--sample-tokens", "0"]) == 0
+    assert same(weights(whole), weights(parts))
+    assert losses(whole) == losses(parts)
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
+    """Sends the signal while the batch of `step` is being made."""
+    original = Windows.batch
+
+    def batch(self: Windows, now: int, rank: int = 0, world: int = 1) -> Batch:
+        if now == step:
+            signal.raise_signal(number)
+        return original(self, now, rank, world)
+
+    monkeypatch.setattr(Windows, "batch", batch)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    interrupt_at(3, monkeypatch, number)
+    before = signal.getsignal(number)
+    assert main([*arguments, "--out", str(tmp_path / "run"), "--minutes", "5"]) == 0
+    assert signal.getsignal(number) is before
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000004"
+    assert f"--out {tmp_path / 'run'} --resume" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_budget_of_minutes_ends_on_time_with_the_learning_rate_down(tmp_path: Path, arguments: list[str]) -> None:
+    assert main([*arguments, "--out", str(tmp_path), "--minutes", "0.03", "--warmup", "0"]) == 0
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert 1.8 <= result["seconds"] < 4
+    assert log[0]["lr"] > log[-1]["lr"]
+
+
+def test_looks_at_held_out_text_and_checkpoints_change_nothing(tmp_path: Path, arguments: list[str]) -> None:
+    often = ["--eval-minutes", "1e-9", "--save-minutes", "1e-9"]
+    assert main([*arguments, "--out", str(tmp_path / "a"), "--steps", "10", *often]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "b"), "--steps", "10"]) == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert [item.name for item in (tmp_path / "a").glob("*step-*")] == ["step-00000010"]
+
+
+def test_two_processes_reproduce_one(tmp_path: Path, arguments: list[str]) -> None:
+    """At equal global batch, where that is exact arithmetic up to rounding.
+
+    The balance loss is off, as it is a product of means over a process's own tokens, and each token takes every expert,
+    as rounding can turn a near tie between experts the other way.
+    """
+    arguments += ["--steps", "20", "--lr", "3e-4", "--set", "thalamus.load_balance=0.0", "--set", "thalamus.top_k=4"]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--standalone", "recipes/train.py", *arguments, "--out", str(tmp_path / "two")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 × cpu" in done.stdout
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert results[0]["bytes"] == results[1]["bytes"]
+    model = [result["bits_per_byte"]["model"] for result in results]
+    assert model[0] == pytest.approx(model[1], rel=1e-4)
+
+
+def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the gradient of these steps infinite."""
+    original = trainer.Trainer.step
+
+    def step(self: trainer.Trainer, started: float) -> bool:
+        bad = self.progress.step in steps
+        hook = self.model.embedding.weight.register_hook(lambda grad: grad * float("inf")) if bad else None
+        try:
+            return original(self, started)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(range(3, 6), monkeypatch)
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "20"]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["skipped"] == 3
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_ten_in_a_row_stop_the_run_at_its_last_checkpoint(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(range(5, 99), monkeypatch)
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "50", "--save-minutes", "1e-9"]) == 1
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+    said = capsys.readouterr().err
+    assert "10 steps without one" in said
+    assert str(checkpoint.latest(tmp_path)) in said
+
+
+def test_a_disk_that_is_full_costs_no_checkpoint(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "5"]) == 0
+    before = weights(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert main(["--out", str(tmp_path), "--resume", "--steps", "9", "--save-minutes", "1e-9"]) == 1
+    said = capsys.readouterr()
+    assert "training goes on" in said.out
+    assert "No space left on device" in said.err
+    assert same(before, weights(tmp_path))
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_too_little_space_is_known_before_training(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "5"]) == 1
+    assert "MB free" in capsys.readouterr().err
+
+
+REFUSED = {
+    "unknown preset": (["--preset", "tinny"], "tiny"),
+    "unknown key": (["--set", "experts.n_expert=4"], "n_experts"),
+    "no value": (["--set", "d_model"], "KEY=VALUE"),
+    "vocabulary": (["--set", "vocab_size=300"], "byte tokenizer"),
+    "missing data": (["--data", "/nowhere/text"], "/nowhere/text"),
+    "short text": (["--length", "100000"], "--length"),
+    "schedule": (["--schedule", "step"], "cosine"),
+    "minutes": (["--minutes", "0"], "minutes"),
+    "precision": (["--mixed-precision", "fp8"], "bf16"),
+    "nothing to resume": (["--resume"], "run.json"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_anything_is_written(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    extra, says = REFUSED[case]
+    assert main([*arguments, *extra, "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert says in said
+    assert not list(tmp_path.glob("run/step-*"))
+
+
+def test_a_folder_in_use_is_refused_and_replaced_only_on_demand(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    first = [*arguments, "--out", str(tmp_path), "--steps", "3"]
+    assert main(first) == 0
+    before = weights(tmp_path)
+    assert main([*first, "--seed", "1"]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert same(before, weights(tmp_path))
+    assert main([*first, "--seed", "1", "--overwrite"]) == 0
+    assert not same(before, weights(tmp_path))
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_resume_refuses_another_run(
+    tmp_path: Path, text: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = shutil.copytree(text, tmp_path / "text")
+    given = [*arguments, "--data", str(own), "--out", str(tmp_path / "run")]
+    assert main([*given, "--steps", "3"]) == 0
+    assert main([*given, "--resume", "--steps", "6", "--lr", "1"]) == 1
+    assert "--lr" in capsys.readouterr().err
+    (own / "file_0.py").write_text("changed", encoding="utf-8")
+    assert main([*given, "--resume", "--steps", "6"]) == 1
+    assert "corpus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["trainer.safetensors", "trainer.json", "model.safetensors"])
+def test_a_damaged_checkpoint_is_refused(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "3"]) == 0
+    path = checkpoint.latest(tmp_path) / name
+    path.write_bytes(path.read_bytes()[:40])
+    assert main(["--out", str(tmp_path), "--resume", "--steps", "6"]) == 1
+    assert name in capsys.readouterr().err
+
+
+def test_a_trainer_state_of_another_step_is_refused(tmp_path: Path, arguments: list[str]) -> None:
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "3"]) == 0
+    folder = checkpoint.latest(tmp_path)
+    values = checkpoint.read_json(folder / "trainer.json")
+    checkpoint.write_json(folder / "trainer.json", {**values, "step": 4})
+    model = SynapseModel.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="step 4"):
+        checkpoint.restore(folder, model, trainer.adamw(model, weight_decay=0.1, betas=(0.9, 0.95)))
+
+
+def test_precision_is_measured() -> None:
+    assert speedup_bf16(torch.device("cpu")) > 0

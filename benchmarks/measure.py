@@ -21,17 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 Item = TypeVar("Item")
 Tensors = dict[str, torch.Tensor]
 
-FORMATS: dict[str, Callable[[float], str]] = {
-    "relative": lambda value: f"{value:.1e}",
-    "share": lambda value: f"{100 * value:.1f} %",
-    "ratio": lambda value: f"{value:.3f} x",
-    "count": lambda value: f"{value:,.0f}",
-    "bytes": lambda value: f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.2f} MB",
-    "tokens/s": lambda value: f"{value:,.0f} tokens/s",
-    "FLOP/s": lambda value: f"{value / 1e9:.1f} GFLOP/s",
-    "seconds": lambda value: f"{1e3 * value:.2f} ms",
+UNITS: dict[str, tuple[float, str, str]] = {
+    "relative": (1, ".1e", ""),
+    "share": (1e2, ".1f", " %"),
+    "ratio": (1, ".3f", " x"),
+    "count": (1, ",.0f", ""),
+    "bytes": (1e-9, ".2f", " GB"),
+    "tokens/s": (1, ",.0f", " tokens/s"),
+    "FLOP/s": (1e-9, ".1f", " GFLOP/s"),
+    "seconds": (1e3, ".2f", " ms"),
 }
-"""How a value of each unit is shown."""
+"""Of each unit: how values are scaled and formatted, and what stands behind them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Figure:
     Attributes:
         what: a line that says what was measured.
         values: one a repetition; the figure is their median.
-        unit: a key of FORMATS.
+        unit: a key of UNITS.
         goal: what the median must reach; None for a number that is only reported.
         better: whether the goal is a floor ("more") or a ceiling ("less").
         exact: it does not depend on the machine's speed.
@@ -78,11 +78,15 @@ class Figure:
 
     def row(self) -> tuple[str, str, str, str]:
         """What, measured, goal, met."""
-        show = FORMATS[self.unit]
+        scale, form, suffix = UNITS[self.unit]
+
+        def show(value: float) -> str:
+            return f"{scale * value:{form}}"
+
         low, high = map(show, self.spread)
-        measured = show(self.median) + (f"  ({low} to {high})" if low != high else "")
+        measured = f"{show(self.median)}{suffix}" + (f" ({low} to {high})" if low != high else "")
         sign = ">=" if self.better == "more" else "<="
-        goal = "" if self.goal is None else f"{sign} {show(self.goal)}"
+        goal = "" if self.goal is None else f"{sign} {show(self.goal)}{suffix}"
         return self.what, measured, goal, {None: "", True: "yes", False: "NO"}[self.met]
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +106,8 @@ def table(figures: Iterable[Figure]) -> str:
 
 def progress(items: Iterable[Item], what: str) -> Iterable[Item]:
     """The items, with a bar on the terminal while they are used up."""
-    return tqdm(items, desc=what, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20.0)  # type: ignore[no-any-return]
+    quiet = 0.2 if sys.stderr.isatty() else 20.0
+    return tqdm(items, desc=what, leave=False, mininterval=quiet, delay=quiet)  # type: ignore[no-any-return]
 
 
 def seconds(run: Callable[[], object]) -> float:

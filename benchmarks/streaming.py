@@ -5,8 +5,7 @@ L layers, B rows, T tokens, V vocabulary, k experts a token.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +38,8 @@ class Agreement(NamedTuple):
     """Largest difference of logits up to each row's first token that was routed otherwise."""
     after: float
     """The same from that token on; 0 where there is none."""
-    state: float
-    """Largest relative difference of a tensor of the final states; NaN where routing differed."""
+    state: float | None
+    """Largest relative difference of a tensor of the final states; None where routing differed."""
     flips: Tensor
     """(n,) margins of the tokens routed otherwise, but for those that an earlier such token can have caused."""
     compared: int
@@ -49,7 +48,7 @@ class Agreement(NamedTuple):
 
 def read(model: SynapseModel, ids: Tensor, size: int, what: str) -> Pass:
     """Reads ids (B, T) in calls of `size` tokens."""
-    state, logits, routing = None, [], []
+    state, logits, routing = model.init_state(len(ids)), [], []
     with torch.inference_mode():
         for piece in progress(ids.split(size, dim=1), what):
             out = model(piece, state, trace=ROUTES)
@@ -74,7 +73,7 @@ def compare(expected: Pass, got: Pass) -> Agreement:
     same = ~seen.any(0)  # (B, T)
     errors = (got.logits.double() - expected.logits.double()).abs().amax(-1) / expected.logits.abs().max().double()
     wanted, found = expected.state.to_tensors(), got.state.to_tensors()
-    state = math.nan if differs.any() else max(_relative(found[name], x) for name, x in wanted.items())
+    state = None if differs.any() else max(_relative(found[name], x) for name, x in wanted.items())
     return Agreement(
         before=errors[same].max().item() if same.any() else 0.0,
         after=errors[~same].max().item() if not same.all() else 0.0,
@@ -84,7 +83,9 @@ def compare(expected: Pass, got: Pass) -> Agreement:
     )
 
 
-def streaming(config: SynapseConfig, length: int, sizes: tuple[int, ...], *, rows: int = 2, seed: int = 0) -> list[Figure]:
+def streaming(
+    config: SynapseConfig, length: int, sizes: tuple[int, ...], *, rows: int = 2, seed: int = 0
+) -> list[Figure]:
     """Compares a whole pass over random tokens with passes in calls of other sizes; 1 is token by token.
 
     Args:
@@ -101,37 +102,35 @@ def streaming(config: SynapseConfig, length: int, sizes: tuple[int, ...], *, row
     found = {size: compare(whole, read(model, ids, size, f"calls of {size} tokens")) for size in sizes}
     flips = torch.cat([agreement.flips for agreement in found.values()])
     tied, clear = flips[flips < TIE], flips[flips >= TIE]
-    each: dict[str, Any] = {
-        str(size): agreement._replace(flips=agreement.flips.tolist())._asdict() for size, agreement in found.items()
-    }
-    ways = ", ".join("single steps" if size == 1 else str(size) for size in sizes)
-    after = [agreement.after for agreement in found.values() if agreement.flips.numel()]
+    each = {str(size): agreement._asdict() | {"flips": agreement.flips.tolist()} for size, agreement in found.items()}
+    ways = ", ".join(map(str, sizes))
+    states = [agreement.state for agreement in found.values() if agreement.state is not None]
+    choices = whole.margins.numel() * len(sizes)
     figures = [
         Figure(
-            what=f"logits over {length:,} tokens, one pass against calls of {ways}: largest relative difference",
+            what=f"streaming: logits of one pass against calls of {ways} (T = {length:,})",
             values=(max(agreement.before for agreement in found.values()),), unit="relative", goal=GOAL, exact=True,
             details={"each call size": each},
         ),
         Figure(
-            what=f"routing flips in them at a margin of {TIE:.0e} or more", values=(float(clear.numel()),),
+            what=f"streaming: routing flips at a margin of {TIE:.0e} or more", values=(float(clear.numel()),),
             unit="count", goal=0.0, exact=True, details={"margins": clear.tolist()},
         ),
         Figure(
-            what=f"routing flips in them at a smaller margin, of {flips_possible(whole, sizes):,} choices",
+            what=f"streaming: routing flips at a smaller margin (of {choices:,} choices)",
             values=(float(tied.numel()),), unit="count", exact=True,
             details={"margins": tied.tolist(), "choices with so small a margin": int((whole.margins < TIE).sum())},
         ),
     ]  # fmt: skip
-    if after:
+    if states:
+        what = "streaming: final states"
+        figures.append(Figure(what=what, values=(max(states),), unit="relative", goal=GOAL, exact=True))
+    if flips.numel():
+        after = max(agreement.after for agreement in found.values())
         share = 1 - sum(agreement.compared for agreement in found.values()) / (ids.numel() * len(sizes))
-        what = f"largest relative difference behind those flips ({100 * share:.1f} % of the tokens)"
-        figures.append(Figure(what=what, values=(max(after),), unit="relative", exact=True))
+        what = f"streaming: logits behind those flips ({100 * share:.1f} % of the tokens)"
+        figures.append(Figure(what=what, values=(after,), unit="relative", exact=True))
     return [*figures, _tracing(model, ids)]
-
-
-def flips_possible(whole: Pass, sizes: tuple[int, ...]) -> int:
-    """How many choices of experts were compared."""
-    return whole.margins.numel() * len(sizes)
 
 
 def _tracing(model: SynapseModel, ids: Tensor) -> Figure:
@@ -144,7 +143,7 @@ def _tracing(model: SynapseModel, ids: Tensor) -> Figure:
             for kind, a, b in (("whole", plain, traced), ("steps", pieces, traced_pieces)):
                 changed += [f"{level}, {kind}: {name}" for name, x in a.items() if not torch.equal(x, b[name])]
     return Figure(
-        what="outputs and states in which tracing changes a bit", values=(float(len(changed)),), unit="count", goal=0.0,
+        what="tracing: outputs and states in which a bit changes", values=(float(len(changed)),), unit="count", goal=0.0,
         exact=True, details={"changed": changed},
     )  # fmt: skip
 

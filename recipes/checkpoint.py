@@ -47,28 +47,42 @@ class Progress:
     skipped: int = 0
 
 
-def prepare_folder(out: Path, *, overwrite: bool) -> None:
-    """Makes `out` ready for a new run.
+def refuse_used(out: Path) -> None:
+    """Raises CheckpointError where `out` holds a run."""
+    if _own_items(out):
+        remedy = "go on with --resume, choose another --out, or replace it with --overwrite"
+        raise CheckpointError(explain(f"--out {out}", "a folder without a run", "one that holds a run", remedy))
+
+
+def prepare_folder(out: Path, *, parameters: int, clear: bool) -> None:
+    """Makes sure that a run of a model with so many float32 parameters can be kept in `out`.
+
+    Args:
+        out: made where missing; files that are none of a run's are left alone.
+        parameters: two checkpoints must fit, of the weights and AdamW's two averages.
+        clear: remove the run that `out` holds, once all else is right.
 
     Raises:
-        CheckpointError: it holds a run already, or cannot be written to.
+        CheckpointError: the folder cannot be made or written to, or the disk is too full.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.touch()
         probe.unlink()
+        needed, free = 2 * 3 * 4 * parameters, shutil.disk_usage(out).free
+        if free < needed:
+            remedy = "free some space or choose another --out"
+            raise CheckpointError(
+                explain(f"--out {out}", f"{needed / 1e6:.0f} MB free", f"{free / 1e6:.0f} MB", remedy)
+            )
+        for item in _own_items(out) if clear else ():
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
     except OSError as error:
         raise CheckpointError(explain(f"--out {out}", "a folder to write to", error.strerror or error)) from error
-    held = [item for item in out.iterdir() if item.name in (RUN_FILE, LOG_FILE, RESULT_FILE) or _step(item) is not None]
-    if held and not overwrite:
-        remedy = "go on with --resume, choose another --out, or replace it with --overwrite"
-        raise CheckpointError(explain(f"--out {out}", "a folder without a run", "one that holds a run", remedy))
-    for item in held:
-        shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
-def open_run(out: Path, values: dict[str, Any], *, step: int) -> None:
+def open_run(out: Path, config: dict[str, Any], corpus: str, *, step: int) -> None:
     """Writes `run.json` and takes lines of later steps out of the log, which a resumed run is about to write again.
 
     Raises:
@@ -76,7 +90,7 @@ def open_run(out: Path, values: dict[str, Any], *, step: int) -> None:
     """
     log = out / LOG_FILE
     try:
-        write_json(out / RUN_FILE, {"schema": SCHEMA, **values})
+        write_json(out / RUN_FILE, {"schema": SCHEMA, "config": config, "corpus": corpus})
         if log.exists():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
             log.write_text("".join(line for line in lines if _logged_step(line) <= step), encoding="utf-8")
@@ -84,12 +98,18 @@ def open_run(out: Path, values: dict[str, Any], *, step: int) -> None:
         raise CheckpointError(explain(f"--out {out}", "a folder to write to", error.strerror or error)) from error
 
 
-def check_space(out: Path, parameters: int) -> None:
-    """Raises CheckpointError unless two checkpoints of so many float32 parameters fit on the disk of `out`."""
-    needed, free = 2 * 3 * 4 * parameters, shutil.disk_usage(out).free
-    if free < needed:
-        remedy = "free some space or choose another --out"
-        raise CheckpointError(explain(f"--out {out}", f"{needed / 1e6:.0f} MB free", f"{free / 1e6:.0f} MB", remedy))
+def read_run(out: Path) -> tuple[dict[str, Any], str]:
+    """The configuration and the corpus's fingerprint that `open_run` wrote.
+
+    Raises:
+        CheckpointError: there is no run, or its file is damaged or of another schema.
+    """
+    values = read_json(out / RUN_FILE)
+    config, corpus = values.get("config"), values.get("corpus")
+    if values.get("schema") != SCHEMA or not isinstance(config, dict) or not isinstance(corpus, str):
+        got = f"schema {values.get('schema')} with {', '.join(values) or 'nothing'}"
+        raise CheckpointError(explain(str(out / RUN_FILE), f"schema {SCHEMA} with config and corpus", got))
+    return config, corpus
 
 
 def latest(out: Path) -> Path:
@@ -178,6 +198,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(explain(str(path), "a JSON object", type(values).__name__, "check --out"))
     return values
+
+
+def _own_items(out: Path) -> list[Path]:
+    """What of `out` belongs to a run."""
+    names = (RUN_FILE, LOG_FILE, RESULT_FILE)
+    return [item for item in out.iterdir() if item.name in names or _step(item) is not None] if out.is_dir() else []
 
 
 def _step(item: Path) -> int | None:

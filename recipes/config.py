@@ -127,7 +127,10 @@ class RunConfig:
                 raise ConfigError(
                     explain("run configuration", "known keys", repr(key), f"did you mean {near[0]}?" if near else "")
                 )
-        return cls(**{**values, "overrides": tuple(values.get("overrides", ()))})
+        try:
+            return cls(**{**values, "overrides": tuple(values.get("overrides", ()))})
+        except TypeError as error:
+            raise ConfigError(explain("run configuration", "values of the right types", error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +173,7 @@ def parse(argv: list[str] | None = None) -> Command:
     run.add_argument("--resume", action="store_true", default=False, help="go on from the last checkpoint in --out")
     run.add_argument("--overwrite", action="store_true", default=False, help="replace the run that --out holds")
     run.add_argument("--prompt", default=None, help="what the sample at the end continues")
-    run.add_argument("--sample-tokens", type=int, default=400, help="length of the sample in bytes (400)")
+    run.add_argument("--sample-tokens", type=int, default=400, metavar="INT", help="length of the sample (400)")
     budget = run.add_mutually_exclusive_group()
     _option(budget, default, "minutes", float, "wall time to train for")
     _option(budget, default, "steps", int, "optimizer steps to train for, instead of --minutes")
@@ -205,6 +208,8 @@ def parse(argv: list[str] | None = None) -> Command:
     command = {name: values.pop(name) for name in ("out", "resume", "overwrite", "prompt", "sample_tokens")}
     if command["resume"] and command["overwrite"]:
         parser.error("--resume goes on with a run, --overwrite throws it away: give one of them")
+    if command["sample_tokens"] < 0:
+        parser.error("--sample-tokens must be 0 or more")
     return Command(given=values, **command)
 
 

@@ -41,8 +41,15 @@ class ByteTokenizer:
 
         >>> ByteTokenizer().encode("né")
         [110, 195, 169]
+
+        Raises:
+            DataError: the text holds half a surrogate pair, which is no character.
         """
-        return list(text.encode("utf-8"))
+        try:
+            return list(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            got = f"{text[error.start]!r} at {error.start}"
+            raise DataError(explain("text", "characters", got, "remove lone surrogates")) from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.

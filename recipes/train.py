@@ -23,7 +23,7 @@ from recipes.display import clock, comparison
 from recipes.evaluation import compressors
 from recipes.trainer import Trainer, on_main
 from synapse_arch import Sampling, SynapseModel, TraceSpec
-from synapse_arch.errors import DataError, SynapseError, explain
+from synapse_arch.errors import ConfigError, DataError, SynapseError, explain
 
 TRACED = 512
 CODE_PROMPT = "import os\n\n\ndef read_lines(path):\n"
@@ -56,21 +56,23 @@ def speedup_bf16(device: torch.device) -> float:
 
 def configure(command: Command, state: PartialState) -> tuple[RunConfig, Corpus]:
     """The run to do and its text, checked before anything is computed or written."""
+    fingerprint = None
     if command.resume:
-        stored = checkpoint.read_json(command.out / checkpoint.RUN_FILE)
-        config = resumed(RunConfig.from_dict(stored["config"]), command.given)
+        stored, fingerprint = checkpoint.read_run(command.out)
+        config = resumed(RunConfig.from_dict(stored), command.given)
     else:
         config = RunConfig.from_dict(command.given)
+        config.model_config()
+        if not command.overwrite:
+            on_main(state, lambda: checkpoint.refuse_used(command.out))
         config = replace(config, mixed_precision=precision(config.mixed_precision, state))
     if config.batch_size % state.num_processes:
-        remedy = "change --batch-size"
-        raise DataError(
-            explain("batch_size", f"a multiple of the {state.num_processes} processes", config.batch_size, remedy)
-        )
+        expected = f"a multiple of the {state.num_processes} processes"
+        raise ConfigError(explain("batch_size", expected, config.batch_size, "change --batch-size"))
     corpus = load_corpus(Path(config.data) if config.data else None)
-    if command.resume and stored["corpus"] != corpus.fingerprint:
+    if fingerprint not in (None, corpus.fingerprint):
         got = f"{corpus.fingerprint} of {corpus.source}"
-        raise DataError(explain("corpus of the run", stored["corpus"], got, "restore the text it was trained on"))
+        raise DataError(explain("corpus of the run", fingerprint, got, "restore the text it was trained on"))
     return config, corpus
 
 
@@ -134,11 +136,8 @@ def train(command: Command) -> bool:
     config, corpus = configure(command, state)
     use_threads(config, state)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
-    if not command.resume:
-        on_main(accelerator, lambda: checkpoint.prepare_folder(command.out, overwrite=command.overwrite))
     trainer = Trainer(config, command, corpus, accelerator)
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    on_main(accelerator, lambda: start(trainer, corpus, parameters))
+    on_main(accelerator, lambda: start(trainer, corpus, command))
     finished = trainer.run()
     if finished:
         report(trainer, corpus, command)
@@ -148,11 +147,11 @@ def train(command: Command) -> bool:
     return finished
 
 
-def start(trainer: Trainer, corpus: Corpus, parameters: int) -> None:
-    """Says what will run, and writes it down."""
-    checkpoint.check_space(trainer.out, parameters)
-    values = {"config": trainer.config.to_dict(), "corpus": corpus.fingerprint}
-    checkpoint.open_run(trainer.out, values, step=trainer.progress.step)
+def start(trainer: Trainer, corpus: Corpus, command: Command) -> None:
+    """Makes the folder ready, writes down what will run, and says it."""
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    checkpoint.prepare_folder(trainer.out, parameters=parameters, clear=not command.resume)
+    checkpoint.open_run(trainer.out, trainer.config.to_dict(), corpus.fingerprint, step=trainer.progress.step)
     config, accelerator = trainer.config, trainer.accelerator
     budget = f"{config.steps:,} steps" if config.steps else f"{config.minutes:g} minutes"
     sizes = [sum(len(document.data) for document in side) / 1e6 for side in (corpus.train, corpus.held_out)]

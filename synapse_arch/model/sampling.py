@@ -104,7 +104,8 @@ def draw_tokens(scores: Tensor, sampling: Sampling, at: Tensor) -> Tensor:
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """CTRL's repetition penalty on logits (B, V) where `seen` (B, V) is True; no penalty makes a logit infinite."""
-    most = torch.finfo(logits.dtype).max / 2
+    info = torch.finfo(logits.dtype)
+    most, penalty = info.max / 2, min(max(penalty, info.tiny), info.max)
     changed = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-most, most)
     return torch.where(seen, changed, logits)
 

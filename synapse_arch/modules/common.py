@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from synapse_arch.errors import ConfigError, ShapeError, StateError, explain
 from synapse_arch.ops import causal_conv1d
-from synapse_arch.ops._checks import check_float
 
 
 class MixerOutput(NamedTuple):
@@ -96,6 +95,12 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def unit(x: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """X / sqrt(Σ x² + K eps) over the last dimension, K wide: length 1, safe at 0."""
+    y: Tensor = F.rms_norm(x, x.shape[-1:], eps=eps) * x.shape[-1] ** -0.5
+    return y
+
+
 def dt_bias(size: int, dt_min: float, dt_max: float) -> nn.Parameter:
     """Biases whose softplus is log-uniform in [dt_min, dt_max], at least 1e-4 (Gu & Dao 2023, §3.6)."""
     dt = torch.exp(torch.rand(size) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=1e-4)
@@ -107,7 +112,8 @@ def check_input(name: str, x: Tensor, d_model: int) -> None:
     if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != d_model or 0 in x.shape:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ShapeError(explain(f"{name} input", f"(B, T, {d_model}) with B, T > 0", got, "check d_model"))
-    check_float(**{f"{name} input": x})
+    if not x.dtype.is_floating_point:
+        raise ShapeError(explain(f"{name} input", "a floating dtype", x.dtype, "convert it with x.float()"))
 
 
 def check_state(name: str, state: object, kind: type) -> None:
@@ -127,6 +133,13 @@ def check_positive(config: object, **fields: float) -> None:
         if isinstance(value, bool) or not isinstance(value, wanted) or not value >= least:
             kind = "an integer" if isinstance(least, int) else "a number"
             raise ConfigError(explain(f"{type(config).__name__}.{name}", f"{kind} >= {least}", repr(value)))
+
+
+def check_range(config: object, low: str, high: str) -> None:
+    """Raises ConfigError unless the field named `low` is at most the one named `high`."""
+    least, most = getattr(config, low), getattr(config, high)
+    if least > most:
+        raise ConfigError(explain(f"{type(config).__name__}.{low}", f"at most {high}={most}", least))
 
 
 def check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from synapse_arch.errors import CheckpointError, ConfigError, explain
@@ -102,6 +103,16 @@ def mamba_state_dict_from_hf(state_dict: Mapping[str, Tensor], prefix: str, conf
     weights["conv.weight"] = weights["conv.weight"].squeeze(1)  # (D, 1, W) -> (D, W)
     if "conv.bias" not in weights:
         weights["conv.bias"] = weights["conv.weight"].new_zeros(weights["conv.weight"].shape[0])
+    weights |= _projections(weights["in_proj.weight"], weights["out_proj.weight"].shape[1], config)
     if "norm.weight" in weights:
         weights["norm.weight"] = weights["norm.weight"].reshape(config.n_groups, -1)
     return weights
+
+
+def _projections(packed: Tensor, inner: int, config: MambaConfig) -> dict[str, Tensor]:
+    """Their one input projection as our two; rows z, u B C, dt (Mamba-2) or u, z (Mamba), u and z `inner` wide."""
+    if config.variant == "s6":
+        return {"in_proj.weight": packed[:inner], "gate_proj.weight": packed[inner:]}
+    mixed = inner + 2 * config.n_groups * config.d_state
+    z, mixed_rows, dt = packed.split([inner, mixed, packed.shape[0] - inner - mixed])
+    return {"in_proj.weight": mixed_rows, "gate_proj.weight": torch.cat([z, dt])}

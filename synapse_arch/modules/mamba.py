@@ -22,6 +22,7 @@ from synapse_arch.modules.common import (
     check_choice,
     check_input,
     check_positive,
+    check_range,
     check_state,
     dt_bias,
     keep_float32,
@@ -63,8 +64,7 @@ class MambaConfig:
         check_positive(self, d_state=1, expand=1, d_conv=2, head_dim=1, n_groups=1, dt_min=1e-6, dt_max=1e-6)
         if self.dt_rank is not None:
             check_positive(self, dt_rank=1)
-        if self.dt_min > self.dt_max:
-            raise ConfigError(explain("MambaConfig.dt_min", f"at most dt_max={self.dt_max}", self.dt_min))
+        check_range(self, "dt_min", "dt_max")
 
 
 class MambaState(NamedTuple):
@@ -113,7 +113,8 @@ class Mamba(nn.Module):
         if self.n_heads % c.n_groups:
             raise ConfigError(explain("MambaConfig.n_groups", f"a divisor of {self.n_heads} heads", c.n_groups))
         mixed = self.d_inner + 2 * c.n_groups * c.d_state
-        self.in_proj = linear(self.d_model, self.d_inner + mixed + self.n_heads)
+        self.in_proj = linear(self.d_model, mixed)  # u, B, C
+        self.gate_proj = linear(self.d_model, self.d_inner + self.n_heads)  # z, dt
         self.conv = ShortConv(mixed, c.d_conv)
         self.A_log = keep_float32(nn.Parameter(torch.empty(self.n_heads).uniform_(1, 16).log()))
         self.dt_bias = dt_bias(self.n_heads, c.dt_min, c.dt_max)
@@ -123,7 +124,8 @@ class Mamba(nn.Module):
         c = self.config
         self.n_heads = self.d_inner  # every channel has its own decay
         self.dt_rank = c.dt_rank or math.ceil(self.d_model / 16)
-        self.in_proj = linear(self.d_model, 2 * self.d_inner)
+        self.in_proj = linear(self.d_model, self.d_inner)  # u
+        self.gate_proj = linear(self.d_model, self.d_inner)  # z
         self.conv = ShortConv(self.d_inner, c.d_conv)
         self.x_proj = linear(self.d_inner, self.dt_rank + 2 * c.d_state)
         self.dt_proj = linear(self.dt_rank, self.d_inner)
@@ -174,8 +176,8 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, MambaState]:
         c = self.config
         maps = c.n_groups * c.d_state
-        z, mixed, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * maps, self.n_heads], dim=-1)
-        mixed, conv = self.conv(mixed, state and state.conv, segment_ids=segment_ids, mask=mask)
+        z, dt = self.gate_proj(x).split([self.d_inner, self.n_heads], dim=-1)
+        mixed, conv = self.conv(self.in_proj(x), state and state.conv, segment_ids=segment_ids, mask=mask)
         u, B, C = mixed.split([self.d_inner, maps, maps], dim=-1)
         y, ssm = ssd(
             u.unflatten(-1, (self.n_heads, c.head_dim)),
@@ -195,8 +197,8 @@ class Mamba(nn.Module):
         self, x: Tensor, state: MambaState | None, segment_ids: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, MambaState]:
         n = self.config.d_state
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, conv = self.conv(u, state and state.conv, segment_ids=segment_ids, mask=mask)
+        z = self.gate_proj(x)
+        u, conv = self.conv(self.in_proj(x), state and state.conv, segment_ids=segment_ids, mask=mask)
         low, B, C = self.x_proj(u).split([self.dt_rank, n, n], dim=-1)
         dt = F.softplus(wide(self.dt_proj(low)) + self.dt_bias)
         A = -self.A_log.exp()

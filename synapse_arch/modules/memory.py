@@ -23,10 +23,12 @@ from synapse_arch.modules.common import (
     check_choice,
     check_input,
     check_positive,
+    check_range,
     check_state,
     dt_bias,
     keep_float32,
     linear,
+    unit,
     wide,
 )
 from synapse_arch.ops import delta_rule
@@ -63,6 +65,8 @@ class MemoryConfig:
         check_choice(self, "rule", ("delta", "hebbian"))
         check_positive(self, n_heads=1, d_key=1, d_value=1, d_conv=2, beta_max=1e-3)
         check_positive(self, decay_min=1e-9, decay_max=1e-9, dt_min=1e-6, dt_max=1e-6)
+        check_range(self, "decay_min", "decay_max")
+        check_range(self, "dt_min", "dt_max")
 
 
 class FastWeightState(NamedTuple):
@@ -94,7 +98,8 @@ class FastWeightMemory(nn.Module):
         c = self.config
         self.mixed = c.n_heads * (2 * c.d_key + c.d_value)  # queries, keys, values
         hidden = c.n_heads * c.d_value
-        self.in_proj = linear(d_model, self.mixed + hidden + 2 * c.n_heads)  # q k v, output gate, write, step
+        self.in_proj = linear(d_model, self.mixed)
+        self.gate_proj = linear(d_model, hidden + 2 * c.n_heads)  # output gate, write strength, step
         self.conv = ShortConv(self.mixed, c.d_conv)
         rates = torch.empty(c.n_heads).uniform_(math.log(c.decay_min), math.log(c.decay_max))
         self.A_log = keep_float32(nn.Parameter(rates))
@@ -137,13 +142,11 @@ class FastWeightMemory(nn.Module):
         check_state("FastWeightMemory", state, FastWeightState)
         c = self.config
         packing: Any = {"segment_ids": segment_ids, "mask": mask}
-        mixed, gate, write, step = self.in_proj(x).split(
-            [self.mixed, c.n_heads * c.d_value, c.n_heads, c.n_heads], dim=-1
-        )
-        mixed, conv = self.conv(mixed, state and state.conv, **packing)
+        gate, write, step = self.gate_proj(x).split([c.n_heads * c.d_value, c.n_heads, c.n_heads], dim=-1)
+        mixed, conv = self.conv(self.in_proj(x), state and state.conv, **packing)
         keys = c.n_heads * c.d_key
         q, k, v = mixed.split([keys, keys, self.mixed - 2 * keys], dim=-1)
-        q, k = (F.normalize(wide(z.unflatten(-1, (c.n_heads, c.d_key))), dim=-1, eps=1e-6) for z in (q, k))
+        q, k = (unit(wide(z.unflatten(-1, (c.n_heads, c.d_key)))) for z in (q, k))
         v = v.unflatten(-1, (c.n_heads, c.d_value))
         beta = c.beta_max * torch.sigmoid(wide(write))
         log_decay = -self.A_log.exp() * F.softplus(wide(step) + self.dt_bias)

@@ -15,7 +15,7 @@ from synapse_arch.errors import ConfigError, StateError, explain
 from synapse_arch.introspection.probes import routing_trace
 from synapse_arch.introspection.records import RoutingTrace
 from synapse_arch.introspection.trace import TraceSpec
-from synapse_arch.modules.common import check_choice, check_positive, check_state, keep_float32, linear
+from synapse_arch.modules.common import check_choice, check_input, check_positive, check_state, keep_float32, linear
 from synapse_arch.modules.mamba import Mamba, MambaConfig, MambaState
 from synapse_arch.ops._backends import no_autocast
 from synapse_arch.ops._packing import segment_index
@@ -173,6 +173,7 @@ class Thalamus(nn.Module):
         Raises:
             ShapeError, StateError: arguments that do not fit.
         """
+        check_input("Thalamus", x, self.d_model)
         check_state("Thalamus", state, ThalamusState)
         relayed = self.mamba(x, state and state.mamba, segment_ids=segment_ids, mask=mask)
         shape = (x.shape[0], self.n_experts, self.n_experts)

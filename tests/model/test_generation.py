@@ -340,7 +340,8 @@ class TestStops:
 
     def test_stops_in_the_prompt_do_not_count(self, model: SynapseModel, prompt: Tensor) -> None:
         ids = full_pass(model, prompt, 4)[0]
-        across = (int(prompt[0, -1]), ids[0])
+        across = (*prompt[0, -2:].tolist(), ids[0])
+        assert cut(ids, (across,)) == (ids, "length")
         assert ids_of(stream(model, prompt, sampling=greedy(4, stop=(across,)))) == ids
 
     @pytest.mark.parametrize(

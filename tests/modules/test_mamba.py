@@ -15,7 +15,8 @@ from tests.helpers import assert_close
 def by_hand(mixer: Mamba, x: Tensor) -> Tensor:
     """A Mamba-2 of one group and one row, written from the equations: x (T, D)."""
     c, inner, heads = mixer.config, mixer.d_inner, mixer.n_heads
-    z, mixed, dt = (x @ mixer.in_proj.weight.T).split([inner, inner + 2 * c.d_state, heads], dim=-1)
+    mixed = x @ mixer.in_proj.weight.T
+    z, dt = (x @ mixer.gate_proj.weight.T).split([inner, heads], dim=-1)
     padded = torch.cat([torch.zeros_like(mixed[: c.d_conv - 1]), mixed])
     taps = [padded[w : w + len(x)] * mixer.conv.weight[:, w] for w in range(c.d_conv)]
     u, B, C = F.silu(sum(taps) + mixer.conv.bias).split([inner, c.d_state, c.d_state], dim=-1)

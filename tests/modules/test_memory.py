@@ -20,12 +20,14 @@ def by_hand(module: FastWeightMemory, x: Tensor, weights: Tensor) -> tuple[Tenso
     """One row, x (T, D), from fast weights (H, K, V)."""
     c = module.config
     H, K, V = c.n_heads, c.d_key, c.d_value
-    mixed, gate, write, step = (x @ module.in_proj.weight.T).split([H * (2 * K + V), H * V, H, H], dim=-1)
+    mixed, gate, write, step = (x @ torch.cat([module.in_proj.weight, module.gate_proj.weight]).T).split(
+        [H * (2 * K + V), H * V, H, H], dim=-1
+    )
     padded = torch.cat([torch.zeros_like(mixed[: c.d_conv - 1]), mixed])
     taps = [padded[w : w + len(x)] * module.conv.weight[:, w] for w in range(c.d_conv)]
     q, k, v = F.silu(sum(taps) + module.conv.bias).split([H * K, H * K, H * V], dim=-1)
     q, k, v = q.reshape(-1, H, K), k.reshape(-1, H, K), v.reshape(-1, H, V)
-    q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+    q, k = (z / (z.square().sum(-1, keepdim=True) + K * 1e-6).sqrt() for z in (q, k))
     beta = c.beta_max * write.sigmoid()
     decay = (-module.A_log.exp() * torch.log1p((step + module.dt_bias).exp())).exp()
     rows = []

@@ -45,6 +45,11 @@ def test_streamed_characters_come_out_whole() -> None:
     assert list(tokenizer.decode_stream(tokenizer.encode("aé→🙂b"))) == ["a", "é", "→", "🙂", "b"]
 
 
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(DataError, match="at 1"):
+        ByteTokenizer().encode("a\ud800")
+
+
 def test_built_in_corpus_is_the_same_twice_and_split_cleanly() -> None:
     corpus = load_corpus()
     assert corpus == load_corpus()

@@ -252,7 +252,23 @@ def test_bad_input_is_refused_before_anything_is_written(
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert says in said
-    assert not list(tmp_path.glob("run/step-*"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("extra", [["--length", "100000"], ["--set", "d_model=-1"], ["--data", "/nowhere"]])
+def test_overwrite_takes_nothing_away_when_the_new_run_cannot_start(
+    tmp_path: Path, arguments: list[str], extra: list[str]
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "3"]) == 0
+    assert main([*arguments, *extra, "--out", str(tmp_path), "--steps", "3", "--overwrite"]) == 1
+    assert checkpoint.latest(tmp_path).name == "step-00000003"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"schema": 1}', '{"schema": 9, "config": {}, "corpus": "x"}'])
+def test_a_damaged_run_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    assert main(["--out", str(tmp_path), "--resume"]) == 1
+    assert "run.json" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_is_refused_and_replaced_only_on_demand(

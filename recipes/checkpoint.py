@@ -59,8 +59,8 @@ def prepare_folder(out: Path, *, parameters: int, clear: bool) -> None:
 
     Args:
         out: made where missing; files that are none of a run's are left alone.
-        parameters: two checkpoints must fit, of the weights and AdamW's two averages.
-        clear: remove the run that `out` holds, once all else is right.
+        parameters: a checkpoint holds each three times, with AdamW's two averages. A new one must fit beside the old.
+        clear: for a new run: remove the one that `out` holds, once all else is right.
 
     Raises:
         CheckpointError: the folder cannot be made or written to, or the disk is too full.
@@ -83,13 +83,14 @@ def prepare_folder(out: Path, *, parameters: int, clear: bool) -> None:
 
 
 def open_run(out: Path, config: dict[str, Any], corpus: str, *, step: int) -> None:
-    """Writes `run.json` and takes lines of later steps out of the log, which a resumed run is about to write again.
+    """Writes `run.json` and takes out what a resumed run is about to write again: later lines of the log, the result.
 
     Raises:
         CheckpointError: the folder cannot be written to.
     """
     log = out / LOG_FILE
     try:
+        (out / RESULT_FILE).unlink(missing_ok=True)
         write_json(out / RUN_FILE, {"schema": SCHEMA, "config": config, "corpus": corpus})
         if log.exists():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -149,7 +150,10 @@ def save(out: Path, model: SynapseModel, optimizer: torch.optim.Optimizer, progr
         for item in list(out.iterdir()):
             if item != final and _step(item) is not None:
                 shutil.rmtree(item)
-    except (OSError, SafetensorError, CheckpointError) as error:
+    except CheckpointError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         remedy = "free some space or check permissions; earlier checkpoints are untouched"
         raise CheckpointError(explain(str(final), "a checkpoint written", error, remedy)) from error
@@ -179,10 +183,18 @@ def restore(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes `values` aside and renames, so that the file is there whole or not at all."""
+    """Writes `values` aside and renames, so that the file is there whole or not at all.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
     aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(explain(str(path), "a file written", error.strerror or error)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

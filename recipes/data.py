@@ -123,7 +123,7 @@ def load_corpus(path: Path | None = None) -> Corpus:
 
 def held_out(name: str, share: float = HELD_OUT_SHARE) -> bool:
     """Whether the file of this relative path is held out: decided by its hash alone, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) < share * 2**64
+    return _place(name) < share
 
 
 def to_stream(documents: Iterable[Document]) -> Tensor:
@@ -195,6 +195,11 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8]) >> 1
 
 
+def _place(name: str) -> float:
+    """A number in [0, 1) drawn by the hash of `name`."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6]) / 2**48
+
+
 def _visible(file: Path, root: Path) -> bool:
     return file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
 
@@ -228,6 +233,7 @@ def _split_by_file(root: Path, files: list[Path], source: str, remedy: str) -> C
     if not held or not train:
         got = f"{len(documents)} of {len(files)} files with text in them"
         raise DataError(explain(str(root), "text to train on and text to hold out", got, remedy))
+    held.sort(key=lambda document: _place(document.name))  # so that a part from the start is a sample of the whole
     return Corpus(source=source, train=tuple(train), held_out=tuple(held))
 
 

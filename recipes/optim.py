@@ -77,15 +77,16 @@ class Schedule:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups: matrices, which decay, and everything that must not.
 
-    Spared are parameters of fewer than two dimensions (norms, biases, A_log, D, dt and gate biases), embeddings, and
-    those with a true attribute `_no_weight_decay`. Frozen parameters are in neither group.
+    Spared are parameters of fewer than two dimensions (biases, D, dt and gate biases), embeddings, norms, and those
+    with a true attribute `_no_weight_decay`. Frozen parameters are in neither group.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    whole = [m for m in model.modules() if isinstance(m, nn.Embedding) or type(m).__name__.endswith("Norm")]
+    exempt = {id(parameter) for module in whole for parameter in module.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            keep = parameter.ndim < 2 or id(parameter) in embeddings or getattr(parameter, "_no_weight_decay", False)
+            keep = parameter.ndim < 2 or id(parameter) in exempt or getattr(parameter, "_no_weight_decay", False)
             (spared if keep else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 

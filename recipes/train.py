@@ -56,6 +56,7 @@ def speedup_bf16(device: torch.device) -> float:
 
 def configure(command: Command, state: PartialState) -> tuple[RunConfig, Corpus]:
     """The run to do and its text, checked before anything is computed or written."""
+    ByteTokenizer().encode(command.prompt or "")
     fingerprint = None
     if command.resume:
         stored, fingerprint = checkpoint.read_run(command.out)
@@ -90,14 +91,13 @@ def sample(model: SynapseModel, prompt: str, *, tokens: int, seed: int) -> None:
     tokenizer = ByteTokenizer()
     ids = torch.tensor([tokenizer.encode("\0" + prompt)], device=next(model.parameters()).device)
     sampling = Sampling(temperature=0.7, top_p=0.95, stop=((SEPARATOR,),), max_tokens=tokens, seed=seed)
-    stream = (int(token.id) for token in model.stream(ids, sampling=sampling))
     print(f"A sample, after {prompt!r}:\n\n{prompt}", end="")
-    for text in tokenizer.decode_stream(token for token in stream if token != SEPARATOR):
+    for text in tokenizer.decode_stream(token.id for token in model.stream(ids, sampling=sampling)):
         print(text, end="", flush=True)
     print("\n")
 
 
-def report(trainer: Trainer, corpus: Corpus, command: Command) -> None:
+def report(trainer: Trainer, command: Command) -> None:
     """What the finished run learned: held-out bits per byte, a sample, the model's inside, and where it all is."""
     if trainer.main:
         print(f"\nTrained {trainer.progress.step:,} steps. Reading the held-out text ...")
@@ -118,9 +118,7 @@ def report(trainer: Trainer, corpus: Corpus, command: Command) -> None:
         sample(model, prompt, tokens=command.sample_tokens, seed=trainer.config.seed)
     with torch.no_grad():
         seen = model(stream[None, :TRACED].long().to(trainer.accelerator.device), trace=TraceSpec(level="full"))
-    print(
-        f"Inside, while it read the first {min(TRACED, len(stream))} bytes of held-out text:\n\n{seen.trace.report()}\n"
-    )
+    print(f"Inside, over the first {min(TRACED, len(stream))} bytes of held-out text:\n\n{seen.trace.report()}\n")
     folder = checkpoint.latest(trainer.out)
     print(f"The model is in {folder}\n  in Python:  SynapseModel.from_pretrained({str(folder)!r})")
     config = trainer.config
@@ -140,7 +138,7 @@ def train(command: Command) -> bool:
     on_main(accelerator, lambda: start(trainer, corpus, command))
     finished = trainer.run()
     if finished:
-        report(trainer, corpus, command)
+        report(trainer, command)
     elif trainer.main:
         where = f"step {trainer.progress.step}, saved in {checkpoint.latest(trainer.out)}"
         print(f"\nStopped at {where}\nGo on with: {GO_ON} --out {trainer.out} --resume")
@@ -165,7 +163,7 @@ def start(trainer: Trainer, corpus: Corpus, command: Command) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program; returns 0 when the run ended or was stopped and saved, 1 after an error it explains."""
+    """The program; returns 0 when the run ended or was stopped and saved, 1 after an error, 130 when cut short."""
     command = parse(argv)
     try:
         train(command)
@@ -173,6 +171,9 @@ def main(argv: list[str] | None = None) -> int:
         if PartialState().is_main_process:
             print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; what was saved before is in {command.out}", file=sys.stderr)
+        return 130
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

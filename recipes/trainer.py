@@ -36,15 +36,22 @@ HELD_OUT_LIMIT = 512 * 1024
 
 
 class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM; a second one interrupts at once."""
+    """Set by Ctrl-C or SIGTERM; one more after `GRACE` seconds interrupts at once.
+
+    Sooner ones are the same wish told twice, as launchers pass on what the terminal has already sent to every process.
+    """
+
+    GRACE = 2.0
 
     def __init__(self) -> None:
         self.made = False
+        self.at = math.inf
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.made:
+        if time.monotonic() > self.at + self.GRACE:
             raise KeyboardInterrupt
-        self.made = True
+        if not self.made:
+            self.made, self.at = True, time.monotonic()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -72,11 +79,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, command: Command, corpus: Corpus, accelerator: Accelerator) -> None:
         self.config, self.out, self.accelerator = config, command.out, accelerator
-        self.rank, self.world, self.main = (
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.is_main_process,
-        )
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.main: bool = accelerator.is_main_process
         self.windows = Windows(
             to_stream(corpus.train), length=config.length, batch_size=config.batch_size, seed=config.seed
         )
@@ -156,8 +160,9 @@ class Trainer:
 
     def total(self, values: list[float | Tensor]) -> list[float]:
         """Each value summed over the processes."""
-        stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32).detach().cpu() for value in values])
-        summed: Tensor = self.accelerator.reduce(stacked.to(self.accelerator.device), reduction="sum")
+        device = self.accelerator.device
+        stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device).detach() for value in values])
+        summed: Tensor = self.accelerator.reduce(stacked, reduction="sum")
         return summed.tolist()
 
     def balance(self, load: Tensor | None) -> None:

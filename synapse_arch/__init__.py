@@ -26,6 +26,7 @@ from synapse_arch.model import (
     SynapseModel,
     SynapseOutput,
     SynapseState,
+    TokenStream,
 )
 from synapse_arch.modules import (
     XLSTM,
@@ -72,6 +73,7 @@ __all__ = [
     "SynapseState",
     "Thalamus",
     "ThalamusConfig",
+    "TokenStream",
     "TraceSpec",
     "XLSTMConfig",
     "errors",

@@ -1,7 +1,7 @@
 """The regions wired into a language model: configuration, state, generation, checkpoints, accounting."""
 
 from synapse_arch.model.config import SynapseConfig
-from synapse_arch.model.generation import GenerateOutput, Sampling, StreamedToken
+from synapse_arch.model.generation import GenerateOutput, Sampling, StreamedToken, TokenStream
 from synapse_arch.model.layer import SynapseLayer
 from synapse_arch.model.model import SynapseModel, SynapseOutput
 from synapse_arch.model.state import LayerState, SynapseState
@@ -16,4 +16,5 @@ __all__ = [
     "SynapseModel",
     "SynapseOutput",
     "SynapseState",
+    "TokenStream",
 ]

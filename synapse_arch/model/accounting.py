@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
-from synapse_arch.model._blank import without_values
 from synapse_arch.model.config import SynapseConfig
 from synapse_arch.model.model import SynapseModel
 from synapse_arch.modules import XLSTM, ExpertPool, FastWeightMemory, Mamba, Thalamus
@@ -113,7 +113,7 @@ def _chunk(op: Callable[..., Any]) -> int:
 
 def _built(model: SynapseModel | SynapseConfig) -> SynapseModel:
     if isinstance(model, SynapseConfig):
-        with without_values():
+        with torch.device("meta"):
             return SynapseModel(model)
     return model
 

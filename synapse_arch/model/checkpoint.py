@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from synapse_arch.errors import CheckpointError, ConfigError, explain
 from synapse_arch.model import _files
-from synapse_arch.model._blank import without_values
 from synapse_arch.model._files import PathLike, TensorFile
 from synapse_arch.model.config import SynapseConfig
 
@@ -102,7 +101,7 @@ def from_pretrained(
     except OSError as cause:
         raise CheckpointError(explain(str(folder), "a readable folder", f"{type(cause).__name__}: {cause}")) from cause
     config = _agreed_config(folder, files)
-    with without_values():
+    with torch.device("meta"):
         model = SynapseModel(config)
     expected = _distinct_tensors(model)
     found = {name: file for file in files for name in file.names}

@@ -173,7 +173,7 @@ def generate(
         model: the model; runs as in `stream`.
         ids: (B, T) prompt tokens, T > 0; they follow what `state` has read.
         state: a state of B rows; None for a fresh one. It is not changed.
-        sampling: how to draw; row r draws as `stream` with the same seed would if r is 0, other rows otherwise.
+        sampling: how to draw; each row has a generator of its own, seeded from (seed, row); row 0 draws as `stream`.
         mask: (B, T) bool, False where a shorter prompt is padded, on either side; None for none.
 
     Returns:

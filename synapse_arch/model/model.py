@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, cast
@@ -139,9 +138,7 @@ class SynapseModel(nn.Module):
             expert_load=self._load(routings),
         )
 
-    def stream(
-        self, ids: Tensor, state: SynapseState | None = None, **options: Any
-    ) -> Iterator[generation.StreamedToken]:
+    def stream(self, ids: Tensor, state: SynapseState | None = None, **options: Any) -> generation.TokenStream:
         """Yields tokens one by one; see `generation.stream`."""
         return generation.stream(self, ids, state, **options)
 

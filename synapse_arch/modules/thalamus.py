@@ -18,6 +18,7 @@ from synapse_arch.introspection.trace import TraceSpec
 from synapse_arch.modules.common import check_choice, check_input, check_positive, check_state, keep_float32, linear
 from synapse_arch.modules.mamba import Mamba, MambaConfig, MambaState
 from synapse_arch.ops._backends import no_autocast
+from synapse_arch.ops._checks import check_float
 from synapse_arch.ops._packing import segment_index
 
 
@@ -138,6 +139,7 @@ class Thalamus(nn.Module):
         self.mamba = Mamba(d_model, self.config.mamba_config, residual_branches=residual_branches)
         if n_experts:
             self.router_norm = nn.RMSNorm(d_model, eps=1e-6)
+            keep_float32(self.router_norm.weight)
             self.router = linear(d_model, n_experts)
             self.router.weight = keep_float32(nn.Parameter(torch.randn(n_experts, d_model) * 0.02))
             self.register_buffer("router_bias", torch.zeros(n_experts))
@@ -178,6 +180,7 @@ class Thalamus(nn.Module):
         relayed = self.mamba(x, state and state.mamba, segment_ids=segment_ids, mask=mask)
         shape = (x.shape[0], self.n_experts, self.n_experts)
         before = x.new_zeros(shape, dtype=torch.float32) if state is None else state.coactivation
+        check_float(error=StateError, **{"thalamus coactivation": before})
         if before.shape != shape:
             raise StateError(explain("thalamus coactivation", shape, tuple(before.shape), "use init_state(batch_size)"))
         if not self.n_experts:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from recipes.optim import SHAPES, Schedule, adamw, optimizer_tensors, parameter_groups, restore_optimizer, set_lr
+from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.errors import ConfigError
 
 
@@ -39,6 +40,17 @@ def test_only_matrices_decay() -> None:
     assert names(model, decayed) == {"linear.weight", "experts"}
     assert names(model, spared) == {"embedding.weight", "linear.bias", "norm.weight", "A_log"}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize("mamba", ["ssd", "s6"])
+def test_of_the_real_model_only_projections_convolutions_and_experts_decay(mamba: str) -> None:
+    with torch.device("meta"):
+        model = SynapseModel(SynapseConfig.preset("tiny", **{"n_layers": 1, "thalamus.mamba": mamba}))
+    decayed, spared = (names(model, group) for group in parameter_groups(model, 0.1))
+    assert decayed | spared == dict(model.named_parameters()).keys()
+    endings = ("proj.weight", "conv.weight", "w_in", "w_out", "head.weight")
+    assert all(name.endswith(endings) for name in decayed)
+    assert not any(name.endswith(endings) for name in spared)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

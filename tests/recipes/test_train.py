@@ -108,6 +108,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signa
     def batch(self: Windows, now: int, rank: int = 0, world: int = 1) -> Batch:
         if now == step:
             signal.raise_signal(number)
+            signal.raise_signal(number)  # launchers repeat what the terminal sent
         return original(self, now, rank, world)
 
     monkeypatch.setattr(Windows, "batch", batch)
@@ -128,6 +129,15 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert checkpoint.latest(tmp_path / "run").name == "step-00000004"
     assert f"--out {tmp_path / 'run'} --resume" in capsys.readouterr().out
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_second_signal_later_on_interrupts_at_once(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer.StopRequest, "GRACE", 0.0)
+    interrupt_at(3, monkeypatch)
+    assert main([*arguments, "--out", str(tmp_path), "--minutes", "5"]) == 130
+    assert "Interrupted" in capsys.readouterr().err
 
 
 def test_a_budget_of_minutes_ends_on_time_with_the_learning_rate_down(tmp_path: Path, arguments: list[str]) -> None:
@@ -322,3 +332,15 @@ def test_a_trainer_state_of_another_step_is_refused(tmp_path: Path, arguments: l
 
 def test_precision_is_measured() -> None:
     assert speedup_bf16(torch.device("cpu")) > 0
+
+
+def test_what_a_killed_run_left_half_written_is_ignored_and_swept(tmp_path: Path, arguments: list[str]) -> None:
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "3"]) == 0
+    (tmp_path / ".step-00000009").mkdir()
+    (tmp_path / ".step-00000009" / "model.safetensors").write_bytes(b"half")
+    with (tmp_path / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 2')
+    assert main(["--out", str(tmp_path), "--resume", "--steps", "10", "--sample-tokens", "0"]) == 0
+    assert checkpoint.latest(tmp_path).name == "step-00000010"
+    assert not list(tmp_path.glob(".step-*"))
+    assert len(losses(tmp_path)) == 1

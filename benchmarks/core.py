@@ -44,7 +44,7 @@ class Sizes:
     train_rounds: int = 15
     short: int = 2048
     long: int = 32768
-    length_rounds: int = 7
+    length_rounds: int = 5
     near: int = 100
     far: int = 100_000
     decode_steps: int = 300

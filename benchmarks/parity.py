@@ -5,10 +5,9 @@ B batch, T time, D channels, H heads, G groups, K key and N state width, P and V
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,34 +43,53 @@ class Op:
 
 
 def parity(lengths: tuple[int, ...]) -> list[Figure]:
-    """The largest relative difference over ops, lengths and tensors, in float64 and in float32."""
-    return [_worst(dtype, lengths) for dtype in GOALS]
+    """The largest relative difference over ops, lengths and tensors, in float64 and in float32.
+
+    Beside it how far the float32 references are from float64 themselves: what rounding alone comes to.
+    """
+    figures = []
+    for dtype, goal in GOALS.items():
+        name = str(dtype).removeprefix("torch.")
+        worst = _Worst()
+        for op in progress(OPS, f"fast forms, {name}"):
+            torch.manual_seed(0)
+            for length in lengths:
+                _compare(op, op.draw(length), {}, dtype, worst)
+                if op.packs:
+                    _compare(op, op.draw(length), _packing(length), dtype, worst)
+        details = {"each": worst.fast, "lengths": list(lengths), "not available": sorted(worst.unavailable)}
+        what = f"ops: fast form against reference, {name}"
+        value = max(worst.fast.values())
+        figures.append(Figure(what=what, values=(value,), unit="relative", goal=goal, exact=True, details=details))
+    what = "ops: float32 reference against float64 reference"
+    value = max(worst.rounding.values())
+    return [*figures, Figure(what=what, values=(value,), unit="relative", exact=True, details={"each": worst.rounding})]
 
 
-def _worst(dtype: torch.dtype, lengths: tuple[int, ...]) -> Figure:
-    name = str(dtype).removeprefix("torch.")
-    errors: dict[str, float] = {}
-    skipped: list[str] = []
-    for op in progress(OPS, f"fast forms, {name}"):
-        torch.manual_seed(0)
-        for length in lengths:
-            inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in op.draw(length).items()}
-            for packing in ({}, _packing(length)) if op.packs else ({},):
-                expected = _with_gradients(op.form, inputs, "reference", packing)
-                for backend in op.fast:
-                    try:
-                        got = _with_gradients(op.form, inputs, backend, packing)
-                    except BackendUnavailable as reason:
-                        skipped = sorted({*skipped, str(reason)})
-                        continue
-                    found = difference(got, expected)
-                    key = f"{op.name}/{backend}"
-                    errors[key] = max(errors.get(key, 0.0), found)
-    return Figure(
-        what=f"ops: fast form against reference, {name}",
-        values=(max(errors.values()),), unit="relative", goal=GOALS[dtype], exact=True,
-        details={"each": errors, "lengths": list(lengths), "not available": skipped},
-    )  # fmt: skip
+@dataclass
+class _Worst:
+    """The largest differences met so far."""
+
+    fast: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)
+    unavailable: set[str] = field(default_factory=set)
+
+
+def _compare(op: Op, inputs: Tensors, packing: Tensors, dtype: torch.dtype, worst: _Worst) -> None:
+    """Adds how far an op's fast forms are from its reference, and the reference from itself in float64."""
+    inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+    expected = _with_gradients(op.form, inputs, "reference", packing)
+    for backend in op.fast:
+        try:
+            got = _with_gradients(op.form, inputs, backend, packing)
+        except BackendUnavailable as reason:
+            worst.unavailable.add(str(reason))
+            continue
+        key = f"{op.name}/{backend}"
+        worst.fast[key] = max(worst.fast.get(key, 0.0), difference(got, expected))
+    wide = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    exact = _with_gradients(op.form, wide, "reference", packing)
+    worst.rounding[op.name] = max(worst.rounding.get(op.name, 0.0), difference(expected, exact))
 
 
 def difference(got: Tensors, expected: Tensors) -> float:
@@ -122,18 +140,24 @@ def _recurrence(op: Callable[..., Any], **fixed: Any) -> Form:
 def _mlstm(inputs: Tensors, backend: str, packing: Tensors) -> Tensors:
     state = MLSTMState(*(inputs[name] for name in MLSTMState._fields))
     arguments = {name: x for name, x in inputs.items() if name not in MLSTMState._fields}
-    y, final = functools.partial(mlstm, backend=backend)(**arguments, **packing, state=state)
+    op: Callable[..., Any] = mlstm
+    y, final = op(**arguments, **packing, state=state, backend=backend)
     return {"y": y, **final._asdict()}
 
 
-def _conv(inputs: Tensors, backend: str, packing: Tensors) -> Tensors:
-    """Its reference is torch's own convolution."""
-    if backend == "auto":
-        y, state = causal_conv1d(**inputs, **packing)
-        return {"y": y, "state": state}
-    padded = torch.cat([inputs["state"], inputs["x"]], dim=1)
-    y = F.conv1d(padded.mT, inputs["weight"][:, None], inputs["bias"], groups=D).mT
-    return {"y": y, "state": padded[:, -inputs["state"].shape[1] :]}
+def _conv(activation: str | None) -> Form:
+    """The convolution; its reference is torch's own."""
+
+    def form(inputs: Tensors, backend: str, packing: Tensors) -> Tensors:
+        if backend == "auto":
+            op: Callable[..., Any] = causal_conv1d
+            y, state = op(**inputs, activation=activation)
+            return {"y": y, "state": state}
+        padded = torch.cat([inputs["state"], inputs["x"]], dim=1)
+        y = F.conv1d(padded.mT, inputs["weight"][:, None], inputs["bias"], groups=D).mT
+        return {"y": F.silu(y) if activation else y, "state": padded[:, -inputs["state"].shape[1] :]}
+
+    return form
 
 
 def _experts(inputs: Tensors, backend: str, packing: Tensors) -> Tensors:
@@ -197,7 +221,8 @@ def _fast(op: str) -> tuple[str, ...]:
 
 
 OPS = (
-    Op("causal_conv1d", _draw_conv, _conv, ("auto",), packs=False),
+    Op("causal_conv1d", _draw_conv, _conv(None), ("auto",), packs=False),
+    Op("causal_conv1d, silu", _draw_conv, _conv("silu"), ("auto",), packs=False),
     Op("selective_scan", _draw_scan, _recurrence(selective_scan), _fast("selective_scan")),
     Op("ssd", _draw_ssd, _recurrence(ssd), _fast("ssd")),
     Op("mlstm", _draw_mlstm, _mlstm, _fast("mlstm")),

@@ -142,10 +142,9 @@ def _tracing(model: SynapseModel, ids: Tensor) -> Figure:
             traced, traced_pieces = _outputs(model, ids, TraceSpec(level=level))
             for kind, a, b in (("whole", plain, traced), ("steps", pieces, traced_pieces)):
                 changed += [f"{level}, {kind}: {name}" for name, x in a.items() if not torch.equal(x, b[name])]
-    return Figure(
-        what="tracing: outputs and states in which a bit changes", values=(float(len(changed)),), unit="count", goal=0.0,
-        exact=True, details={"changed": changed},
-    )  # fmt: skip
+    what = "tracing: outputs and states in which a bit changes"
+    details = {"changed": changed}
+    return Figure(what=what, values=(float(len(changed)),), unit="count", goal=0.0, exact=True, details=details)
 
 
 def _outputs(model: SynapseModel, ids: Tensor, trace: TraceSpec | None) -> tuple[Tensors, Tensors]:

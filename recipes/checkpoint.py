@@ -70,12 +70,10 @@ def prepare_folder(out: Path, *, parameters: int, clear: bool) -> None:
         probe = out / ".writable"
         probe.touch()
         probe.unlink()
-        needed, free = 2 * 3 * 4 * parameters, shutil.disk_usage(out).free
+        needed, free = (2 if clear else 1) * 3 * 4 * parameters / 1e6, shutil.disk_usage(out).free / 1e6
         if free < needed:
             remedy = "free some space or choose another --out"
-            raise CheckpointError(
-                explain(f"--out {out}", f"{needed / 1e6:.0f} MB free", f"{free / 1e6:.0f} MB", remedy)
-            )
+            raise CheckpointError(explain(f"--out {out}", f"{needed:.1f} MB free", f"{free:.1f} MB", remedy))
         for item in _own_items(out) if clear else ():
             shutil.rmtree(item) if item.is_dir() else item.unlink()
     except OSError as error:

@@ -7,7 +7,6 @@ from os import PathLike
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synapse_arch.errors import ShapeError, StateError, explain
@@ -17,12 +16,11 @@ from synapse_arch.introspection.trace import TraceSpec
 from synapse_arch.model import generation
 from synapse_arch.model.config import SynapseConfig
 from synapse_arch.model.layer import SynapseLayer
+from synapse_arch.model.loss import IGNORED, next_token_nats
 from synapse_arch.model.state import SynapseState
 from synapse_arch.modules import Routing
+from synapse_arch.modules.common import wide
 from synapse_arch.modules.thalamus import expert_load, load_balance_loss, router_z_loss
-
-IGNORED = -100
-"""The target that counts for nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +188,8 @@ class SynapseModel(nn.Module):
         targets = targets[:, -logits.shape[1] :]
         if mask is not None:
             targets = targets.masked_fill(~mask[:, -logits.shape[1] :], IGNORED)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        total = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        losses = {"language": total / (targets != IGNORED).sum().clamp(min=1)}
+        nats = next_token_nats(wide(logits), targets)
+        losses = {"language": nats / (targets != IGNORED).sum().clamp(min=1)}
         routed = [routing for routing in routings if routing is not None]
         if routed:
             c = self.config.thalamus

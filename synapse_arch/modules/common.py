@@ -67,8 +67,7 @@ class ShortConv(nn.Module):
         self, x: Tensor, state: Tensor | None, *, segment_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(B, T, D) and (B, W-1, D) -> the same."""
-        y, state = causal_conv1d(x, self.weight, self.bias, state, segment_ids=segment_ids, mask=mask)
-        return F.silu(y), state
+        return causal_conv1d(x, self.weight, self.bias, state, activation="silu", segment_ids=segment_ids, mask=mask)
 
 
 def no_decay(parameter: nn.Parameter) -> nn.Parameter:

@@ -6,11 +6,13 @@ the last W-1 inputs, oldest first, so that any split of a sequence gives the sam
 
 from __future__ import annotations
 
+from typing import Any, Literal, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synapse_arch.errors import ShapeError, explain
+from synapse_arch.errors import ConfigError, ShapeError, explain
 from synapse_arch.ops._backends import compute_dtype
 from synapse_arch.ops._checks import Sizes, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._packing import compaction, segment_index
@@ -22,16 +24,18 @@ def causal_conv1d(
     bias: Tensor | None = None,
     state: Tensor | None = None,
     *,
+    activation: Literal["silu"] | None = None,
     segment_ids: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y_t = Σ_w weight[:, w] · x_{t-W+1+w} + bias, per channel.
+    """y_t = Σ_w weight[:, w] · x_{t-W+1+w} + bias, per channel, and SiLU of it where asked for.
 
     Args:
         x: (B, T, D) inputs.
         weight: (D, W) kernel; the last column meets the current position.
         bias: (D,), optional.
         state: (B, W-1, D) the inputs before this call, oldest first, float32 or wider; None means zeros.
+        activation: "silu" or None.
         segment_ids: (B, T) ints; the kernel never reaches across a change of id.
         mask: (B, T) bool; where False the position does not exist: nothing reads it, its output means nothing.
 
@@ -42,6 +46,7 @@ def causal_conv1d(
     Raises:
         ShapeError: x, weight, bias, segment_ids or mask do not fit.
         StateError: the state is of another batch, width or dtype.
+        ConfigError: an unknown activation.
     """
     sizes: Sizes = {}
     check_shape("x", x, "B T D", sizes, remedy="a sequence needs at least one position")
@@ -56,78 +61,92 @@ def causal_conv1d(
     check_packing(segment_ids, mask, sizes)
     dtype = compute_dtype(x, weight, state)
     before = x.new_zeros(sizes["B"], history, sizes["D"], dtype=dtype) if state is None else state.to(dtype)
+    if activation not in (None, "silu"):
+        raise ConfigError(explain("activation", "None or 'silu'", repr(activation)))
+    taps = _Taps(weight.to(dtype), None if bias is None else bias.to(dtype), activation == "silu")
     if mask is not None:
-        y, after = _masked(x.to(dtype), weight, bias, before, segment_ids, mask)
+        y, after = _masked(x.to(dtype), taps, before, segment_ids, mask)
     else:
         padded = torch.cat([before, x.to(dtype)], dim=1)
         segments = segment_index(segment_ids, None)
-        if segments is None:
-            y, after = _depthwise(padded, weight, bias), padded[:, -history:].clone()
+        y, numbers = _depthwise(padded, taps, segments)
+        after = padded[:, -history:]
+        if numbers is None:
+            after = after.clone()
         else:
-            y, numbers = _within_segments(padded, weight, bias, segments)
-            same = numbers[:, -history:] == numbers[:, -1:]
-            after = torch.where(same[..., None], padded[:, -history:], 0.0)
+            after = torch.where((numbers[:, -history:] == numbers[:, -1:])[..., None], after, 0.0)
     return y.to(x.dtype), after
 
 
-def _depthwise(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution as W shifted multiply-adds; padded (B, T+W-1, D) -> (B, T, D)."""
-    return _ShiftedSum.apply(padded, weight.to(padded.dtype), None if bias is None else bias.to(padded.dtype))  # type: ignore[no-untyped-call, no-any-return]
+class _Taps(NamedTuple):
+    """What is done at every position: kernel (D, W), bias (D,), and whether SiLU follows."""
+
+    weight: Tensor
+    bias: Tensor | None
+    silu: bool
 
 
-class _ShiftedSum(torch.autograd.Function):
-    """Depthwise convolution that keeps only its input for the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, padded: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        width = weight.shape[1]
-        length = padded.shape[1] - width + 1
-        ctx.save_for_backward(padded, weight)
-        ctx.has_bias = bias is not None  # type: ignore[attr-defined]
-        y = padded[:, :length] * weight[:, 0]
-        if bias is not None:
-            y += bias
-        for w in range(1, width):
-            y.addcmul_(padded[:, w : w + length], weight[:, w])
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        padded, weight = ctx.saved_tensors
-        width, length = weight.shape[1], grad.shape[1]
-        grad_padded = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_padded = torch.zeros_like(padded)
-            for w in range(width):
-                grad_padded[:, w : w + length].addcmul_(grad, weight[:, w])
-        if ctx.needs_input_grad[1]:
-            columns = [(grad * padded[:, w : w + length]).sum((0, 1)) for w in range(width)]
-            grad_weight = torch.stack(columns, dim=1)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 1))
-        return grad_padded, grad_weight, grad_bias
-
-
-def _within_segments(padded: Tensor, weight: Tensor, bias: Tensor | None, segments: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, each tap dropped where it would read another segment.
+def _depthwise(padded: Tensor, taps: _Taps, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Convolves padded (B, T+W-1, D) to (B, T, D), each tap dropped where it would read another segment.
 
     Also returns the segment numbers of `padded`'s positions (B, T+W-1): the incoming state belongs to segment 0.
     """
-    width, length = weight.shape[1], segments.shape[1]
-    numbers = F.pad(segments, (width - 1, 0))
-    y = padded.new_zeros(segments.shape[0], length, padded.shape[2])
-    for w in range(width):
-        same = numbers[:, w : w + length] == segments
-        y = y + torch.where(same[..., None], padded[:, w : w + length] * weight[:, w].to(padded.dtype), 0.0)
-    return (y if bias is None else y + bias.to(y.dtype)), numbers
+    numbers = None if segments is None else F.pad(segments, (taps.weight.shape[1] - 1, 0))
+    y: Tensor = _ShiftedSum.apply(padded, taps.weight, taps.bias, numbers, taps.silu)  # type: ignore[no-untyped-call]
+    return y, numbers
 
 
-def _masked(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, segment_ids: Tensor | None, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+class _ShiftedSum(torch.autograd.Function):
+    """Depthwise convolution as W shifted multiply-adds; keeps its input only, and runs again for SiLU's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None, silu: bool
+    ) -> Tensor:
+        ctx.save_for_backward(padded, weight, bias, numbers)
+        ctx.silu = silu
+        y = _shifted_sum(padded, weight, bias, numbers)
+        return F.silu(y, inplace=True) if silu else y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        padded, weight, bias, numbers = ctx.saved_tensors
+        if ctx.silu:
+            grad = torch.ops.aten.silu_backward(grad, _shifted_sum(padded, weight, bias, numbers))
+        wants_padded, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        width, length = weight.shape[1], grad.shape[1]
+        grad_padded = torch.zeros_like(padded) if wants_padded else None
+        columns = []
+        for w in range(width):
+            arriving = grad if numbers is None else torch.where(_same(numbers, w, length), grad, 0.0)
+            if grad_padded is not None:
+                grad_padded[:, w : w + length].addcmul_(arriving, weight[:, w])
+            if wants_weight:
+                columns.append((arriving * padded[:, w : w + length]).sum((0, 1)))
+        grad_weight = torch.stack(columns, dim=1) if wants_weight else None
+        return grad_padded, grad_weight, grad.sum((0, 1)) if wants_bias else None, None, None
+
+
+def _shifted_sum(padded: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None) -> Tensor:
+    """(B, T+W-1, D) -> (B, T, D), see `_depthwise`."""
+    width = weight.shape[1]
+    length = padded.shape[1] - width + 1
+    y = padded[:, width - 1 :] * weight[:, -1]
+    if bias is not None:
+        y += bias
+    for w in range(width - 1):
+        tap = padded[:, w : w + length]
+        y.addcmul_(tap if numbers is None else torch.where(_same(numbers, w, length), tap, 0.0), weight[:, w])
+    return y
+
+
+def _same(numbers: Tensor, w: int, length: int) -> Tensor:
+    """(B, T, 1): whether tap w of each position reads the position's own segment."""
+    return (numbers[:, w : w + length] == numbers[:, -length:])[..., None]
+
+
+def _masked(x: Tensor, taps: _Taps, state: Tensor, segment_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Moves the real positions to the front, convolves, moves them back."""
     history = state.shape[1]
     order, inverse = compaction(mask)
@@ -137,12 +156,9 @@ def _masked(
     real = mask.sum(dim=1, keepdim=True)
     last = real + torch.arange(history, device=x.device)  # (B, W-1) positions in padded
     after = padded.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
-    if segment_ids is None:
-        y = _depthwise(padded, weight, bias)
-    else:
-        segments = segment_index(segment_ids.gather(1, order), None)
-        assert segments is not None
-        y, numbers = _within_segments(padded, weight, bias, segments)
+    packed_ids = None if segment_ids is None else segment_ids.gather(1, order)
+    y, numbers = _depthwise(padded, taps, segment_index(packed_ids, None))
+    if numbers is not None:
         same = numbers.gather(1, last) == numbers.gather(1, last[:, -1:])
         after = torch.where(same[..., None], after, 0.0)
     return y.gather(1, inverse[..., None].expand_as(y)), after

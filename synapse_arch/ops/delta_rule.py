@@ -134,27 +134,25 @@ def _chunked(
     visible = reach(segments, size, length, q.device)
     k = chunk_heads(k, size)  # (B, H, N, c, K)
     q = chunk_heads(q, size)
-    v = chunk_heads(beta[..., None] * v, size)
-    beta = chunk_heads(beta, size)[..., None]
+    v = chunk_heads(v, size)
+    beta = chunk_heads(beta, size)  # (B, H, N, c)
     log_decay = chunk_heads(log_decay, size)  # (B, H, N, c)
     decays = decay_gaps(log_decay).exp().masked_fill(~visible.pairs, 0.0)  # Γ
     from_start = log_decay.cumsum(-1).exp()
     if visible.carried is not None:
         from_start = from_start * visible.carried
-    from_start = from_start[..., None]
     scores = (q @ k.transpose(-1, -2)) * decays
-    reads = q * from_start
     keys_out = (k * decays[..., -1, :, None]).transpose(-1, -2)  # (B, H, N, K, c)
-    through = from_start[..., -1, 0]
+    through = from_start[..., -1]
     if rule == "hebbian":
-        entering, final = carry(through, keys_out @ v, state)
-        writes = v
+        writes = beta[..., None] * v
+        entering, final = carry(through, keys_out @ writes, state)
     else:
-        overlap = ((beta * k) @ k.transpose(-1, -2)) * decays
-        solve = unit_lower_inverse(overlap.tril(-1))
-        erased = solve @ (beta * from_start * k)  # W
+        overlap = (k @ k.transpose(-1, -2)) * (decays * beta[..., None])
+        solve = unit_lower_inverse(overlap.tril(-1)) * beta[..., None, :]  # A⁻¹ diag(β)
+        erased = (solve * from_start[..., None, :]) @ k  # W
         entering, writes, final = _Corrected.apply(solve @ v, erased, keys_out, through, state)  # type: ignore[no-untyped-call]
-    o = reads @ entering + scores @ writes
+    o = torch.addcmul(scores @ writes, q @ entering, from_start[..., None])
     return unchunk_heads(o, length), final
 
 

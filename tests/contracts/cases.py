@@ -147,6 +147,7 @@ MEMORY = ("q", "k", "v", "beta", "log_decay")
 TENSOR = torch.empty(0)  # the structure of a state that is one tensor
 OPS = (
     Case("causal_conv1d", draw_conv, op(causal_conv1d, TENSOR), ("x",)),
+    Case("causal_conv1d-silu", draw_conv, op(causal_conv1d, TENSOR, activation="silu"), ("x",)),
     Case("selective_scan", draw_scan, op(selective_scan, TENSOR), ("u", "dt", "B", "C"), RECURRENCES, SSM_EXTREMES),
     Case("ssd", draw_ssd, op(ssd, TENSOR), ("x", "dt", "B", "C"), RECURRENCES, SSM_EXTREMES),
     Case(

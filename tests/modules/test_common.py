@@ -36,7 +36,7 @@ def marked(module: nn.Module, mark: str) -> set[str]:
         (Mamba(64, MambaConfig(variant="s6")), {"A_log", "dt_bias", "D"}),
         (XLSTM(64), {"input_gate_bias", "forget_gate_bias"}),
         (FastWeightMemory(64), {"A_log", "dt_bias"}),
-        (Thalamus(64, 4), {"mamba.A_log", "mamba.dt_bias", "mamba.D", "router.weight"}),
+        (Thalamus(64, 4), {"mamba.A_log", "mamba.dt_bias", "mamba.D", "router.weight", "router_norm.weight"}),
     ],
     ids=["ssd", "s6", "xlstm", "memory", "thalamus"],
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synapse_arch.errors import ShapeError, StateError
+from synapse_arch.errors import ConfigError, ShapeError, StateError
 from synapse_arch.ops import causal_conv1d
 from tests.helpers import Tensors, assert_same, measure
 
@@ -19,16 +21,27 @@ def torch_conv(z: Tensors) -> Tensors:
     return {"y": y.transpose(1, 2), "state": padded[:, padded.shape[1] - z["state"].shape[1] :]}
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("length", [1, 2, 3, 50])
 @pytest.mark.parametrize("width", [2, 3, 4, 7])
-def test_equals_torch(width: int, length: int, bias: bool) -> None:
+def test_equals_torch(width: int, length: int, bias: bool, activation: Literal["silu"] | None) -> None:
     tensors = {"x": (2, length, 5), "weight": (5, width), "bias": (5,), "state": (2, width - 1, 5)}
     drawn = {name: torch.randn(shape, dtype=torch.float64) for name, shape in tensors.items()}
     if not bias:
         del drawn["bias"]
-    ours = measure(lambda z: dict(zip(("y", "state"), causal_conv1d(**z), strict=True)), drawn)
-    assert_same(ours, measure(torch_conv, drawn))
+
+    def theirs(z: Tensors) -> Tensors:
+        out = torch_conv(z)
+        return out | {"y": F.silu(out["y"])} if activation else out
+
+    ours = measure(lambda z: dict(zip(("y", "state"), causal_conv1d(**z, activation=activation), strict=True)), drawn)
+    assert_same(ours, measure(theirs, drawn))
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(ConfigError, match="activation: expected None or 'silu', got 'gelu'"):
+        causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), activation="gelu")  # type: ignore[arg-type]
 
 
 def test_the_last_column_meets_the_current_position() -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 from benchmarks.measure import Figure, interleaved, peak_bytes, progress, seconds
+from recipes.malloc import keep_freed_memory
 from synapse_arch import SynapseConfig, SynapseModel, SynapseState
 from synapse_arch.model import accounting
 
@@ -37,6 +38,7 @@ def training_rate(config: SynapseConfig, *, batch: int, length: int, product: in
         product: N of the (N, N) @ (N, N) float32 product.
         rounds: how often the pair is timed.
     """
+    keep_freed_memory()  # as training does on a CPU
     step = _training_step(config, batch, length)
     a, b = torch.randn(2, product, product)
     out = torch.empty(product, product)

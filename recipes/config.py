@@ -58,9 +58,9 @@ class RunConfig:
     data: str | None = None
     minutes: float = 9.5
     steps: int | None = None
-    batch_size: int = 8
+    batch_size: int = 4
     length: int = 256
-    lr: float = 3e-3
+    lr: float = 2e-3
     final_lr: float = 0.0
     warmup: float = 0.05
     schedule: str = "cosine"

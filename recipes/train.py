@@ -21,6 +21,7 @@ from recipes.config import Command, RunConfig, parse, resumed
 from recipes.data import SEPARATOR, ByteTokenizer, Corpus, load_corpus
 from recipes.display import clock, comparison
 from recipes.evaluation import compressors
+from recipes.malloc import keep_freed_memory
 from recipes.trainer import Trainer, on_main
 from synapse_arch import Sampling, SynapseModel, TraceSpec
 from synapse_arch.errors import ConfigError, DataError, SynapseError, explain
@@ -77,10 +78,11 @@ def configure(command: Command, state: PartialState) -> tuple[RunConfig, Corpus]
     return config, corpus
 
 
-def use_threads(config: RunConfig, state: PartialState) -> None:
-    """Sets the threads of a process that computes on the CPU; launchers tend to leave it with one."""
+def use_cpu(config: RunConfig, state: PartialState) -> None:
+    """Sets the threads of a process that computes on the CPU, which launchers tend to leave with one, and its malloc."""
     if state.device.type != "cpu":
         return
+    keep_freed_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     torch.set_num_threads(config.threads or max(1, cores // processes))
@@ -132,7 +134,7 @@ def train(command: Command) -> bool:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu)
     config, corpus = configure(command, state)
-    use_threads(config, state)
+    use_cpu(config, state)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
     trainer = Trainer(config, command, corpus, accelerator)
     on_main(accelerator, lambda: start(trainer, corpus, command))

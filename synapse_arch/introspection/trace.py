@@ -22,8 +22,10 @@ class TraceSpec:
         level: "routes" (routing), "gates" (and language-module gates and memory), "full" (and router
             logits and expert activations); each holds all of the previous.
         layers: indices of the layers to trace; None for all.
-        every: stride in tokens: offsets 0, every, 2 * every ... of each call are kept.
+        every: stride in tokens: offsets 0, every, 2 * every ... of each call are kept (see `start`).
         max_tokens: at most so many offsets are kept a call, the last ones.
+        start: what the call's first token counts as in the stride; a call that goes on where another of `start` 0
+            and T tokens ended keeps its stride with `start` T.
 
     Counts and means over a whole call (load, importance, writes) always cover every unmasked token.
 
@@ -38,6 +40,7 @@ class TraceSpec:
     layers: tuple[int, ...] | None = None
     every: int = 1
     max_tokens: int = 1024
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -46,6 +49,8 @@ class TraceSpec:
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 raise ConfigError(explain(name, "an integer of 1 or more", repr(value)))
+        if not _is_int(self.start) or self.start < 0:
+            raise ConfigError(explain("start", "an integer of 0 or more", repr(self.start)))
         if self.layers is not None:
             fits = isinstance(self.layers, tuple) and all(_is_int(i) and i >= 0 for i in self.layers)
             if not fits or len(set(self.layers)) != len(self.layers):
@@ -73,13 +78,14 @@ class TraceSpec:
 
         A copy whenever T > 1, so that a record never keeps a larger activation alive.
         """
-        if x.shape[1] == 1:
+        if x.shape[1] == 1 and not self._first(1):
             return x.detach()
         return x.detach()[:, self._first(x.shape[1]) :: self.every].clone()
 
     def _first(self, length: int) -> int:
-        kept = -(-length // self.every)
-        return max(0, kept - self.max_tokens) * self.every
+        first = min(-self.start % self.every, length)
+        kept = -(-(length - first) // self.every)
+        return first + max(0, kept - self.max_tokens) * self.every
 
 
 def _is_int(value: object) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from synapse_arch.errors import ShapeError, StateError, explain
+from synapse_arch.introspection.joining import join_traces
 from synapse_arch.introspection.probes import synapse_trace
 from synapse_arch.introspection.records import SynapseTrace
 from synapse_arch.introspection.trace import TraceSpec
@@ -21,6 +22,9 @@ from synapse_arch.model.state import SynapseState
 from synapse_arch.modules import Routing
 from synapse_arch.modules.common import wide
 from synapse_arch.modules.thalamus import expert_load, load_balance_loss, router_z_loss
+
+WINDOW = 2048
+"""Tokens read at a time where no gradient is wanted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,34 @@ class SynapseOutput:
     """What was asked for by `trace`."""
     expert_load: Tensor | None
     """(L, E) int64: assignments each expert received; None without experts."""
+
+
+class _Pass(NamedTuple):
+    """What one window of the tokens gave."""
+
+    x: Tensor
+    state: SynapseState
+    routings: list[Routing | None]
+    trace: SynapseTrace | None
+
+
+def _windows(length: int, segment_ids: Tensor | None) -> list[slice]:
+    """How a call is read: whole where gradients are recorded, else so many tokens at a time.
+
+    The state makes the cut exact, and memory and time a token stay what they are however long the text. Packed
+    documents are read whole: a segment may begin where a window would.
+    """
+    if torch.is_grad_enabled() or segment_ids is not None:
+        return [slice(0, length)]
+    return [slice(start, min(start + WINDOW, length)) for start in range(0, length, WINDOW)]
+
+
+def _join(parts: tuple[Routing | None, ...]) -> Routing | None:
+    """One layer's routing in all windows."""
+    found = [part for part in parts if part is not None]
+    if len(found) <= 1:
+        return found[0] if found else None
+    return Routing(*(torch.cat(pieces, dim=1) for pieces in zip(*found, strict=True)))
 
 
 class SynapseModel(nn.Module):
@@ -116,23 +148,22 @@ class SynapseModel(nn.Module):
         """
         self._check(ids, state, targets, logits_to_keep)
         before = state if state is not None else self.init_state(ids.shape[0], device=ids.device)
-        x = self.embedding(ids)
-        states, routings, records = [], [], []
-        for layer, remembered in zip(self._layers(), before.layers, strict=True):
-            out = layer(x, remembered, segment_ids=segment_ids, mask=mask, trace=trace)
-            x = out.x
-            states.append(out.state)
-            routings.append(out.routing)
-            records.append(out.trace)
-        read = ids.shape[1] if mask is None else mask.sum(1)
+        passes: list[_Pass] = []
+        for window in _windows(ids.shape[1], segment_ids):
+            last = passes[-1].state if passes else before
+            part = None if mask is None else mask[:, window]
+            spec = None if trace is None else replace(trace, start=trace.start + window.start)
+            passes.append(self._read(ids[:, window], last, segment_ids, part, spec))
+        x = passes[0].x if len(passes) == 1 else torch.cat([one.x for one in passes], dim=1)
+        routings = [_join(parts) for parts in zip(*(one.routings for one in passes), strict=True)]
         logits = self.head(self.norm(x[:, -logits_to_keep:]) * self.logit_scale)
         losses = {} if targets is None else self._losses(logits, targets, routings, mask)
         return SynapseOutput(
             logits=logits,
-            state=SynapseState(tuple(states), before.position + read),
+            state=passes[-1].state,
             loss=sum(losses.values(), start=logits.new_zeros(())) if losses else None,
             losses=losses,
-            trace=self._trace(ids, before, records, trace, mask),
+            trace=self._join_traces(passes, trace),
             expert_load=self._load(routings),
         )
 
@@ -182,6 +213,31 @@ class SynapseModel(nn.Module):
     def _layers(self) -> list[SynapseLayer]:
         return cast(list[SynapseLayer], list(self.layers))
 
+    def _read(
+        self,
+        ids: Tensor,
+        before: SynapseState,
+        segment_ids: Tensor | None,
+        mask: Tensor | None,
+        spec: TraceSpec | None,
+    ) -> _Pass:
+        """One pass through the layers."""
+        x = self.embedding(ids)
+        states, routings, records = [], [], []
+        for layer, remembered in zip(self._layers(), before.layers, strict=True):
+            out = layer(x, remembered, segment_ids=segment_ids, mask=mask, trace=spec)
+            x = out.x
+            states.append(out.state)
+            routings.append(out.routing)
+            records.append(out.trace)
+        trace = None
+        if spec is not None:
+            traced = tuple(record for record in records if record is not None)
+            labels = self.config.experts.labels if self.config.experts else None
+            trace = synapse_trace(ids, before.position, traced, spec, labels=labels, mask=mask)
+        read = ids.shape[1] if mask is None else mask.sum(1)
+        return _Pass(x, SynapseState(tuple(states), before.position + read), routings, trace)
+
     def _losses(
         self, logits: Tensor, targets: Tensor, routings: list[Routing | None], mask: Tensor | None
     ) -> dict[str, Tensor]:
@@ -198,18 +254,15 @@ class SynapseModel(nn.Module):
             losses |= {"balance": c.load_balance * balance, "z": c.z_loss * z}
         return losses
 
+    def _join_traces(self, passes: list[_Pass], spec: TraceSpec | None) -> SynapseTrace | None:
+        traces = [one.trace for one in passes if one.trace is not None]
+        if spec is None or len(traces) == 1:
+            return traces[0] if traces else None
+        return join_traces(traces, max_tokens=spec.max_tokens)
+
     def _load(self, routings: list[Routing | None]) -> Tensor | None:
         counts = [expert_load(routing.indices, self.config.n_experts) for routing in routings if routing is not None]
         return torch.stack(counts) if counts else None
-
-    def _trace(
-        self, ids: Tensor, before: SynapseState, records: list[Any], spec: TraceSpec | None, mask: Tensor | None
-    ) -> SynapseTrace | None:
-        if spec is None:
-            return None
-        traced = tuple(record for record in records if record is not None)
-        labels = self.config.experts.labels if self.config.experts else None
-        return synapse_trace(ids, before.position, traced, spec, labels=labels, mask=mask)
 
     def _check(self, ids: Tensor, state: SynapseState | None, targets: Tensor | None, logits_to_keep: int) -> None:
         if not isinstance(ids, Tensor) or ids.dim() != 2 or 0 in ids.shape:

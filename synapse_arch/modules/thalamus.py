@@ -40,7 +40,7 @@ class ThalamusConfig:
 
     mamba: Literal["ssd", "s6"] = "ssd"
     d_state: int = 64
-    expand: int = 2
+    expand: int = 1
     d_conv: int = 4
     head_dim: int = 64
     n_groups: int = 1

@@ -48,7 +48,7 @@ class XLSTMConfig:
     qk_ratio: float = 0.5
     d_conv: int = 4
     gate_cap: float = 15.0
-    input_gate_bias: float = -2.0
+    input_gate_bias: float = 0.0
     forget_gate_bias: tuple[float, float] = (3.0, 6.0)
 
     def __post_init__(self) -> None:

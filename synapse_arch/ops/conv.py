@@ -116,14 +116,17 @@ class _ShiftedSum(torch.autograd.Function):
             grad = torch.ops.aten.silu_backward(grad, _shifted_sum(padded, weight, bias, numbers))
         wants_padded, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         width, length = weight.shape[1], grad.shape[1]
-        grad_padded = torch.zeros_like(padded) if wants_padded else None
+        grad_padded = torch.empty_like(padded) if wants_padded else None
         columns = []
-        for w in range(width):
+        for w in reversed(range(width)):
             arriving = grad if numbers is None else torch.where(_same(numbers, w, length), grad, 0.0)
-            if grad_padded is not None:
+            if grad_padded is not None and w == width - 1:
+                torch.mul(arriving, weight[:, w], out=grad_padded[:, w:])
+                grad_padded[:, :w] = 0.0
+            elif grad_padded is not None:
                 grad_padded[:, w : w + length].addcmul_(arriving, weight[:, w])
             if wants_weight:
-                columns.append((arriving * padded[:, w : w + length]).sum((0, 1)))
+                columns.insert(0, (arriving * padded[:, w : w + length]).sum((0, 1)))
         grad_weight = torch.stack(columns, dim=1) if wants_weight else None
         return grad_padded, grad_weight, grad.sum((0, 1)) if wants_bias else None, None, None
 

@@ -158,8 +158,13 @@ class _Sorted(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w_in, w_out, tokens, inverse, share, hidden = ctx.saved_tensors
         wants_x, wants_in, wants_out, _, wants_share, _ = ctx.needs_input_grad
-        grad_in = torch.zeros_like(w_in) if wants_in else None
-        grad_out = torch.zeros_like(w_out) if wants_out else None
+        grad_in = torch.empty_like(w_in) if wants_in else None
+        grad_out = torch.empty_like(w_out) if wants_out else None
+        for e, count in enumerate(ctx.sections):
+            if count == 0:  # the others are written whole below
+                for unused in (grad_in, grad_out):
+                    if unused is not None:
+                        unused[e] = 0.0
         grad_share = torch.zeros_like(share)
         rows = x.new_empty(tokens.shape[0], x.shape[1]) if wants_x else None
         if rows is not None:

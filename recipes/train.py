@@ -79,7 +79,7 @@ def configure(command: Command, state: PartialState) -> tuple[RunConfig, Corpus]
 
 
 def use_cpu(config: RunConfig, state: PartialState) -> None:
-    """Sets the threads of a process that computes on the CPU, which launchers tend to leave with one, and its malloc."""
+    """Sets the threads of a process that computes on the CPU (launchers tend to leave it with one) and its malloc."""
     if state.device.type != "cpu":
         return
     keep_freed_memory()

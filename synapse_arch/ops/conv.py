@@ -117,7 +117,7 @@ class _ShiftedSum(torch.autograd.Function):
         wants_padded, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         width, length = weight.shape[1], grad.shape[1]
         grad_padded = torch.empty_like(padded) if wants_padded else None
-        columns = []
+        columns: list[Tensor] = []
         for w in reversed(range(width)):
             arriving = grad if numbers is None else torch.where(_same(numbers, w, length), grad, 0.0)
             if grad_padded is not None and w == width - 1:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from synapse_arch.errors import ConfigError, ShapeError, StateError, explain
 from synapse_arch.ops import causal_conv1d
+from synapse_arch.ops.gating import head_norm
 
 
 class MixerOutput(NamedTuple):
@@ -40,7 +41,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H, V) -> (B, T, H, V)."""
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        return head_norm(x, self.weight, self.eps)
 
 
 class ShortConv(nn.Module):

@@ -30,6 +30,7 @@ from synapse_arch.modules.common import (
     wide,
 )
 from synapse_arch.ops import selective_scan, ssd
+from synapse_arch.ops.gating import gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +191,7 @@ class Mamba(nn.Module):
             segment_ids=segment_ids,
             mask=mask,
         )
-        gated = (y.flatten(2) * F.silu(z)).unflatten(-1, (c.n_groups, -1))
+        gated = gate(y.flatten(2), z, "silu").unflatten(-1, (c.n_groups, -1))
         return self.norm(gated).flatten(2), MambaState(conv, ssm)
 
     def _s6(
@@ -203,4 +204,4 @@ class Mamba(nn.Module):
         dt = F.softplus(wide(self.dt_proj(low)) + self.dt_bias)
         A = -self.A_log.exp()
         y, ssm = selective_scan(u, dt, A, B, C, self.D, state and state.ssm, segment_ids=segment_ids, mask=mask)
-        return y * F.silu(z), MambaState(conv, ssm)
+        return gate(y, z, "silu"), MambaState(conv, ssm)

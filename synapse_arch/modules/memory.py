@@ -33,6 +33,7 @@ from synapse_arch.modules.common import (
 )
 from synapse_arch.ops import delta_rule
 from synapse_arch.ops.delta_rule import Rule
+from synapse_arch.ops.gating import gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ class FastWeightMemory(nn.Module):
         check_state("FastWeightMemory", state, FastWeightState)
         c = self.config
         packing: Any = {"segment_ids": segment_ids, "mask": mask}
-        gate, write, step = self.gate_proj(x).split([c.n_heads * c.d_value, c.n_heads, c.n_heads], dim=-1)
+        opening, write, step = self.gate_proj(x).split([c.n_heads * c.d_value, c.n_heads, c.n_heads], dim=-1)
         mixed, conv = self.conv(self.in_proj(x), state and state.conv, **packing)
         keys = c.n_heads * c.d_key
         q, k, v = mixed.split([keys, keys, self.mixed - 2 * keys], dim=-1)
@@ -155,5 +156,5 @@ class FastWeightMemory(nn.Module):
         if trace is not None and trace.wants("gates"):
             before = state and state.weights
             record = memory_trace(q, k, v, beta, log_decay, o, before, weights, trace, rule=c.rule, **packing)
-        y = self.out_proj(self.norm(o).flatten(2) * F.silu(gate))
+        y = self.out_proj(gate(self.norm(o).flatten(2), opening, "silu"))
         return MixerOutput(y, FastWeightState(conv, weights), record)

@@ -27,6 +27,7 @@ from synapse_arch.modules.common import (
     wide,
 )
 from synapse_arch.ops import MLSTMState, mlstm
+from synapse_arch.ops.gating import gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,16 +149,16 @@ class XLSTM(nn.Module):
         local, conv = self.conv(x, state and state.conv, **packing)
         q, k = self.qk_proj(local).unflatten(-1, (2 * c.n_heads, self.d_key)).chunk(2, dim=2)
         v, o, i, f = self.in_proj(x).split([hidden, hidden, c.n_heads, c.n_heads], dim=-1)
-        v, o = (z.unflatten(-1, (c.n_heads, self.d_value)) for z in (v, torch.sigmoid(o)))
+        v, o = (z.unflatten(-1, (c.n_heads, self.d_value)) for z in (v, o))
         i, f = self._cap(wide(i) + self.input_gate_bias), self._cap(wide(f) + self.forget_gate_bias)
         h, cell = mlstm(q, k, v, i, f, state and state.cell, **packing)
         record, mass, age = None, None, None
         if trace is not None and trace.wants("gates"):
             record, mass, age = gate_trace(
-                k, v, i, F.logsigmoid(f), o, state and state.cell, cell, trace,
+                k, v, i, F.logsigmoid(f), torch.sigmoid(o), state and state.cell, cell, trace,
                 mass=state and state.mass, age=state and state.age, **packing,
             )  # fmt: skip
-        y = self.out_proj((self.norm(h) * o).flatten(2))
+        y = self.out_proj(gate(self.norm(h), o, "sigmoid").flatten(2))
         return MixerOutput(y, MLSTMLayerState(conv, cell, mass, age), record)
 
     def _cap(self, gate: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ class _ShiftedSum(torch.autograd.Function):
         width, length = weight.shape[1], grad.shape[1]
         grad_padded = torch.empty_like(padded) if wants_padded else None
         columns: list[Tensor] = []
+        product = torch.empty_like(grad)
         for w in reversed(range(width)):
             arriving = grad if numbers is None else torch.where(_same(numbers, w, length), grad, 0.0)
             if grad_padded is not None and w == width - 1:
@@ -126,7 +127,7 @@ class _ShiftedSum(torch.autograd.Function):
             elif grad_padded is not None:
                 grad_padded[:, w : w + length].addcmul_(arriving, weight[:, w])
             if wants_weight:
-                columns.insert(0, (arriving * padded[:, w : w + length]).sum((0, 1)))
+                columns.insert(0, torch.mul(arriving, padded[:, w : w + length], out=product).sum((0, 1)))
         grad_weight = torch.stack(columns, dim=1) if wants_weight else None
         return grad_padded, grad_weight, grad.sum((0, 1)) if wants_bias else None, None, None
 

@@ -1,0 +1,40 @@
+"""The elementwise Functions against their plain formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from synapse_arch.ops.gating import gate, head_norm
+from tests.helpers import assert_close, assert_same, measure
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "silu"])
+def test_gate(activation: str) -> None:
+    drawn = {"x": torch.randn(2, 3, 4, dtype=torch.float64), "logits": 5 * torch.randn(2, 3, 4, dtype=torch.float64)}
+    plain = torch.sigmoid if activation == "sigmoid" else F.silu
+    ours = measure(lambda z: {"y": gate(z["x"], z["logits"], activation)}, drawn)  # type: ignore[arg-type]
+    assert_same(ours, measure(lambda z: {"y": z["x"] * plain(z["logits"])}, drawn))
+
+
+def test_head_norm() -> None:
+    drawn = {"x": torch.randn(2, 3, 4, 5, dtype=torch.float64), "weight": torch.randn(4, 5, dtype=torch.float64)}
+
+    def by_hand(z: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        scale = (z["x"].square().mean(-1, keepdim=True) + 0.1).rsqrt()
+        return {"y": z["x"] * scale * z["weight"]}
+
+    assert_same(measure(lambda z: {"y": head_norm(z["x"], z["weight"], 0.1)}, drawn), measure(by_hand, drawn))
+
+
+def test_narrow_and_wide_meet() -> None:
+    """As under autocast: bf16 activations with float32 weights, each gradient in its input's dtype."""
+    x = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4, 5, requires_grad=True)
+    logits = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16, requires_grad=True)
+    y = gate(head_norm(x, weight, 1e-6), logits, "silu")
+    assert y.dtype == torch.float32
+    y.sum().backward()
+    assert [z.grad.dtype for z in (x, weight, logits)] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert_close(y.detach(), head_norm(x, weight, 1e-6).detach() * F.silu(logits).detach())

@@ -12,6 +12,7 @@ from synapse_arch.introspection.trace import TraceSpec
 from synapse_arch.model.config import SynapseConfig
 from synapse_arch.model.state import LayerState
 from synapse_arch.modules import XLSTM, ExpertPool, FastWeightMemory, Routing, Thalamus
+from synapse_arch.modules.common import RMSNorm
 
 
 class LayerOutput(NamedTuple):
@@ -37,8 +38,8 @@ class SynapseLayer(nn.Module):
         self.index = index
         d, branches = config.d_model, config.residual_branches
 
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(d, eps=config.norm_eps)
+        def norm() -> RMSNorm:
+            return RMSNorm(d, eps=config.norm_eps)
 
         self.xlstm = self.experts = self.memory = None
         if config.xlstm is not None:

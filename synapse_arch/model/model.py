@@ -20,7 +20,7 @@ from synapse_arch.model.layer import SynapseLayer
 from synapse_arch.model.loss import IGNORED, next_token_nats
 from synapse_arch.model.state import SynapseState
 from synapse_arch.modules import Routing
-from synapse_arch.modules.common import wide
+from synapse_arch.modules.common import RMSNorm, wide
 from synapse_arch.modules.thalamus import expert_load, load_balance_loss, router_z_loss
 
 WINDOW = 2048
@@ -94,7 +94,7 @@ class SynapseModel(nn.Module):
         nn.init.normal_(self.embedding.weight)
         self.embedding.weight._no_weight_decay = True  # type: ignore[attr-defined]
         self.layers = nn.ModuleList(SynapseLayer(config, i) for i in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
         self.logit_scale = 1.0

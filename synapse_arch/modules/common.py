@@ -6,12 +6,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synapse_arch.errors import ConfigError, ShapeError, StateError, explain
 from synapse_arch.ops import causal_conv1d
-from synapse_arch.ops.gating import head_norm
+from synapse_arch.ops.gating import rms_norm
 
 
 class MixerOutput(NamedTuple):
@@ -25,6 +24,24 @@ class MixerOutput(NamedTuple):
     """The mixer's record where a trace was asked for."""
 
 
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension.
+
+    Args:
+        width: D.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = no_decay(nn.Parameter(torch.ones(width)))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return rms_norm(x, self.weight, self.eps)
+
+
 class HeadNorm(nn.Module):
     """RMSNorm over each head's width, with a weight for every channel of every head.
 
@@ -36,12 +53,12 @@ class HeadNorm(nn.Module):
 
     def __init__(self, n_heads: int, width: int, *, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_heads, width))
+        self.weight = no_decay(nn.Parameter(torch.ones(n_heads, width)))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H, V) -> (B, T, H, V)."""
-        return head_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class ShortConv(nn.Module):
@@ -97,7 +114,7 @@ def wide(x: Tensor) -> Tensor:
 
 def unit(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     """X / sqrt(Σ x² + K eps) over the last dimension, K wide: length 1, safe at 0."""
-    y: Tensor = F.rms_norm(x, x.shape[-1:], eps=eps) * x.shape[-1] ** -0.5
+    y: Tensor = rms_norm(x, None, eps) * x.shape[-1] ** -0.5
     return y
 
 

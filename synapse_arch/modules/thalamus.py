@@ -15,7 +15,15 @@ from synapse_arch.errors import ConfigError, StateError, explain
 from synapse_arch.introspection.probes import routing_trace
 from synapse_arch.introspection.records import RoutingTrace
 from synapse_arch.introspection.trace import TraceSpec
-from synapse_arch.modules.common import check_choice, check_input, check_positive, check_state, keep_float32, linear
+from synapse_arch.modules.common import (
+    RMSNorm,
+    check_choice,
+    check_input,
+    check_positive,
+    check_state,
+    keep_float32,
+    linear,
+)
 from synapse_arch.modules.mamba import Mamba, MambaConfig, MambaState
 from synapse_arch.ops._backends import no_autocast
 from synapse_arch.ops._checks import check_float
@@ -138,7 +146,7 @@ class Thalamus(nn.Module):
             )
         self.mamba = Mamba(d_model, self.config.mamba_config, residual_branches=residual_branches)
         if n_experts:
-            self.router_norm = nn.RMSNorm(d_model, eps=1e-6)
+            self.router_norm = RMSNorm(d_model)
             keep_float32(self.router_norm.weight)
             self.router = linear(d_model, n_experts)
             self.router.weight = keep_float32(nn.Parameter(torch.randn(n_experts, d_model) * 0.02))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from synapse_arch.ops.gating import gate, head_norm
+from synapse_arch.ops.gating import gate, rms_norm
 from tests.helpers import assert_close, assert_same, measure
 
 
@@ -18,14 +18,17 @@ def test_gate(activation: str) -> None:
     assert_same(ours, measure(lambda z: {"y": z["x"] * plain(z["logits"])}, drawn))
 
 
-def test_head_norm() -> None:
-    drawn = {"x": torch.randn(2, 3, 4, 5, dtype=torch.float64), "weight": torch.randn(4, 5, dtype=torch.float64)}
+@pytest.mark.parametrize("shape", [(4, 5), (5,), None], ids=["heads", "channels", "no weight"])
+def test_rms_norm(shape: tuple[int, ...] | None) -> None:
+    drawn = {"x": torch.randn(2, 3, 4, 5, dtype=torch.float64)}
+    if shape:
+        drawn["weight"] = torch.randn(shape, dtype=torch.float64)
 
     def by_hand(z: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         scale = (z["x"].square().mean(-1, keepdim=True) + 0.1).rsqrt()
-        return {"y": z["x"] * scale * z["weight"]}
+        return {"y": z["x"] * scale * z.get("weight", 1.0)}
 
-    assert_same(measure(lambda z: {"y": head_norm(z["x"], z["weight"], 0.1)}, drawn), measure(by_hand, drawn))
+    assert_same(measure(lambda z: {"y": rms_norm(z["x"], z.get("weight"), 0.1)}, drawn), measure(by_hand, drawn))
 
 
 def test_narrow_and_wide_meet() -> None:
@@ -33,8 +36,8 @@ def test_narrow_and_wide_meet() -> None:
     x = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(4, 5, requires_grad=True)
     logits = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16, requires_grad=True)
-    y = gate(head_norm(x, weight, 1e-6), logits, "silu")
+    y = gate(rms_norm(x, weight, 1e-6), logits, "silu")
     assert y.dtype == torch.float32
     y.sum().backward()
     assert [z.grad.dtype for z in (x, weight, logits)] == [torch.bfloat16, torch.float32, torch.bfloat16]
-    assert_close(y.detach(), head_norm(x, weight, 1e-6).detach() * F.silu(logits).detach())
+    assert_close(y.detach(), rms_norm(x, weight, 1e-6).detach() * F.silu(logits).detach())

@@ -6,6 +6,7 @@ the last W-1 inputs, oldest first, so that any split of a sequence gives the sam
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -67,10 +68,8 @@ def causal_conv1d(
     if mask is not None:
         y, after = _masked(x.to(dtype), taps, before, segment_ids, mask)
     else:
-        padded = torch.cat([before, x.to(dtype)], dim=1)
-        segments = segment_index(segment_ids, None)
-        y, numbers = _depthwise(padded, taps, segments)
-        after = padded[:, -history:]
+        y, numbers = _depthwise(before, x.to(dtype), taps, segment_index(segment_ids, None))
+        after = torch.cat([before, x[:, -history:].to(dtype)], dim=1)[:, -history:]
         if numbers is None:
             after = after.clone()
         else:
@@ -86,13 +85,13 @@ class _Taps(NamedTuple):
     silu: bool
 
 
-def _depthwise(padded: Tensor, taps: _Taps, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Convolves padded (B, T+W-1, D) to (B, T, D), each tap dropped where it would read another segment.
+def _depthwise(before: Tensor, x: Tensor, taps: _Taps, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Convolves x (B, T, D) behind before (B, W-1, D), each tap dropped where it would read another segment.
 
-    Also returns the segment numbers of `padded`'s positions (B, T+W-1): the incoming state belongs to segment 0.
+    Also returns the segment numbers of before and x (B, W-1+T): the incoming state belongs to segment 0.
     """
-    numbers = None if segments is None else F.pad(segments, (taps.weight.shape[1] - 1, 0))
-    y: Tensor = _ShiftedSum.apply(padded, taps.weight, taps.bias, numbers, taps.silu)  # type: ignore[no-untyped-call]
+    numbers = None if segments is None else F.pad(segments, (before.shape[1], 0))
+    y: Tensor = _ShiftedSum.apply(before, x, taps.weight, taps.bias, numbers, taps.silu)  # type: ignore[no-untyped-call]
     return y, numbers
 
 
@@ -101,53 +100,63 @@ class _ShiftedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None, silu: bool
+        ctx: Any, before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None, silu: bool
     ) -> Tensor:
-        ctx.save_for_backward(padded, weight, bias, numbers)
+        ctx.save_for_backward(before, x, weight, bias, numbers)
         ctx.silu = silu
-        y = _shifted_sum(padded, weight, bias, numbers)
+        y = _shifted_sum(before, x, weight, bias, numbers)
         return F.silu(y, inplace=True) if silu else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        padded, weight, bias, numbers = ctx.saved_tensors
+        before, x, weight, bias, numbers = ctx.saved_tensors
         if ctx.silu:
-            grad = torch.ops.aten.silu_backward(grad, _shifted_sum(padded, weight, bias, numbers))
-        wants_padded, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        width, length = weight.shape[1], grad.shape[1]
-        grad_padded = torch.empty_like(padded) if wants_padded else None
-        columns: list[Tensor] = []
-        product = torch.empty_like(grad)
-        for w in reversed(range(width)):
-            arriving = grad if numbers is None else torch.where(_same(numbers, w, length), grad, 0.0)
-            if grad_padded is not None and w == width - 1:
-                torch.mul(arriving, weight[:, w], out=grad_padded[:, w:])
-                grad_padded[:, :w] = 0.0
-            elif grad_padded is not None:
-                grad_padded[:, w : w + length].addcmul_(arriving, weight[:, w])
-            if wants_weight:
-                columns.insert(0, torch.mul(arriving, padded[:, w : w + length], out=product).sum((0, 1)))
-        grad_weight = torch.stack(columns, dim=1) if wants_weight else None
-        return grad_padded, grad_weight, grad.sum((0, 1)) if wants_bias else None, None, None
+            grad = torch.ops.aten.silu_backward(grad, _shifted_sum(before, x, weight, bias, numbers))
+        wants_input, wants_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
+        grad_before, grad_x = torch.zeros_like(before), grad * weight[:, -1]
+        product = torch.mul(grad, x)
+        columns = [product.sum((0, 1))]
+        for w in reversed(range(weight.shape[1] - 1)):
+            for rows, source, span in _reads(before, x, w):
+                arriving = _same_segment(grad[:, rows], numbers, before.shape[1], rows, w)
+                if wants_input:
+                    target = grad_x if source is x else grad_before
+                    target[:, span].addcmul_(arriving, weight[:, w])
+                if wants_weight:
+                    torch.mul(arriving, source[:, span], out=product[:, rows])
+            columns.insert(0, product.sum((0, 1)))
+        grad_bias = grad.sum((0, 1)) if ctx.needs_input_grad[3] else None
+        return grad_before, grad_x, torch.stack(columns, dim=1), grad_bias, None, None
 
 
-def _shifted_sum(padded: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None) -> Tensor:
-    """(B, T+W-1, D) -> (B, T, D), see `_depthwise`."""
-    width = weight.shape[1]
-    length = padded.shape[1] - width + 1
-    y = padded[:, width - 1 :] * weight[:, -1]
+def _shifted_sum(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None) -> Tensor:
+    """(B, W-1, D) and (B, T, D) -> (B, T, D), see `_depthwise`."""
+    y = x * weight[:, -1]
     if bias is not None:
         y += bias
-    for w in range(width - 1):
-        tap = padded[:, w : w + length]
-        y.addcmul_(tap if numbers is None else torch.where(_same(numbers, w, length), tap, 0.0), weight[:, w])
+    for w in range(weight.shape[1] - 1):
+        for rows, source, span in _reads(before, x, w):
+            tap = _same_segment(source[:, span], numbers, before.shape[1], rows, w)
+            y[:, rows].addcmul_(tap, weight[:, w])
     return y
 
 
-def _same(numbers: Tensor, w: int, length: int) -> Tensor:
-    """(B, T, 1): whether tap w of each position reads the position's own segment."""
-    return (numbers[:, w : w + length] == numbers[:, -length:])[..., None]
+def _reads(before: Tensor, x: Tensor, w: int) -> Iterator[tuple[slice, Tensor, slice]]:
+    """What tap w reads: for which positions, from before or from x, and where there."""
+    length, back = x.shape[1], before.shape[1] - w
+    head = min(back, length)
+    yield slice(0, head), before, slice(w, w + head)
+    if back < length:
+        yield slice(back, length), x, slice(0, length - back)
+
+
+def _same_segment(z: Tensor, numbers: Tensor | None, history: int, rows: slice, w: int) -> Tensor:
+    """Z (B, rows, D) with zeros at the positions whose tap w would read another segment; history = W-1."""
+    if numbers is None:
+        return z
+    own = numbers[:, history + rows.start : history + rows.stop]
+    return torch.where((numbers[:, rows.start + w : rows.stop + w] == own)[..., None], z, 0.0)
 
 
 def _masked(x: Tensor, taps: _Taps, state: Tensor, segment_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +170,7 @@ def _masked(x: Tensor, taps: _Taps, state: Tensor, segment_ids: Tensor | None, m
     last = real + torch.arange(history, device=x.device)  # (B, W-1) positions in padded
     after = padded.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
     packed_ids = None if segment_ids is None else segment_ids.gather(1, order)
-    y, numbers = _depthwise(padded, taps, segment_index(packed_ids, None))
+    y, numbers = _depthwise(state, packed, taps, segment_index(packed_ids, None))
     if numbers is not None:
         same = numbers.gather(1, last) == numbers.gather(1, last[:, -1:])
         after = torch.where(same[..., None], after, 0.0)

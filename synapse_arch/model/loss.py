@@ -25,18 +25,16 @@ def next_token_nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _NextTokenNats(torch.autograd.Function):
-    """Makes the gradient in the forward pass, where the exponentials are at hand, and hands its memory over."""
+    """Makes the gradient in the forward pass, out of the log-softmax it has at hand, and hands its memory over."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, targets)
         counted = targets != IGNORED
-        peak = logits.amax(-1, keepdim=True)
-        shares = torch.sub(logits, peak).exp_()
-        total = shares.sum(-1, keepdim=True)
         index = targets.masked_fill(~counted, 0)[:, None]
-        nats = (total.log() + peak - logits.gather(-1, index)).squeeze(-1)
-        ctx.grad = _gradient(shares, total, index, counted) if ctx.needs_input_grad[0] else None
+        log_shares = logits.log_softmax(-1)
+        nats = -log_shares.gather(-1, index).squeeze(-1)
+        ctx.grad = _gradient(log_shares, index, counted) if ctx.needs_input_grad[0] else None
         return torch.where(counted, nats, 0.0).sum()
 
     @staticmethod
@@ -46,13 +44,11 @@ class _NextTokenNats(torch.autograd.Function):
         gradient, ctx.grad = ctx.grad, None
         if gradient is None:  # a second backward pass over the same graph
             counted = targets != IGNORED
-            shares = torch.sub(logits, logits.amax(-1, keepdim=True)).exp_()
-            index = targets.masked_fill(~counted, 0)[:, None]
-            gradient = _gradient(shares, shares.sum(-1, keepdim=True), index, counted)
+            gradient = _gradient(logits.log_softmax(-1), targets.masked_fill(~counted, 0)[:, None], counted)
         return gradient.mul_(grad), None
 
 
-def _gradient(shares: Tensor, total: Tensor, index: Tensor, counted: Tensor) -> Tensor:
-    """Softmax − one-hot in the rows that count, 0 in the others; made of `shares` in place."""
-    shares.mul_(counted[:, None] / total)
-    return shares.scatter_add_(-1, index, -counted[:, None].to(shares.dtype))
+def _gradient(log_shares: Tensor, index: Tensor, counted: Tensor) -> Tensor:
+    """Softmax − one-hot in the rows that count, 0 in the others; made of `log_shares` in place."""
+    rows = counted[:, None].to(log_shares.dtype)
+    return log_shares.exp_().mul_(rows).scatter_add_(-1, index, -rows)

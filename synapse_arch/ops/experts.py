@@ -83,8 +83,12 @@ def _check_indices(indices: Tensor, experts: int) -> None:
 
 def _ungroupable(x: Tensor, sizes: Sizes) -> str:
     """Why the grouped matrix product cannot take these widths and dtype; empty if it can."""
+    if not hasattr(F, "grouped_mm"):
+        return "this torch has no grouped_mm"
     if x.dtype == torch.float64:
         return "it has no float64"
+    if x.device.type == "cuda" and x.dtype != torch.bfloat16:
+        return f"on CUDA it is used in bfloat16 only, not in {x.dtype}"
     unit = 16 // x.element_size()
     if sizes["D"] % unit or sizes["F"] % unit:
         return f"in {x.dtype} the widths D={sizes['D']} and F={sizes['F']} must be multiples of {unit}"

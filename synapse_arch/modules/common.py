@@ -108,12 +108,12 @@ def linear(d_in: int, d_out: int, *, scale: float = 1.0) -> nn.Linear:
 
 
 def wide(x: Tensor) -> Tensor:
-    """X in float32 or wider, for gates and decays."""
+    """Gives x in float32 or wider, for gates and decays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def unit(x: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """X / sqrt(Σ x² + K eps) over the last dimension, K wide: length 1, safe at 0."""
+    """Scales to unit length: x / sqrt(Σ x² + K eps) over the last dimension, K wide; safe at 0."""
     y: Tensor = rms_norm(x, None, eps) * x.shape[-1] ** -0.5
     return y
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 from collections.abc import Sequence
 
@@ -69,11 +68,6 @@ def fall_back(op: str, backend: str, wanted: str, instead: str, reason: str) -> 
 def report() -> dict[str, tuple[str, ...]]:
     """The implementations each op can run on this machine, the one "auto" takes first."""
     return dict(BACKENDS)
-
-
-def installed(package: str) -> bool:
-    """Whether an optional package can be imported, without importing it."""
-    return importlib.util.find_spec(package) is not None
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -115,19 +115,21 @@ class _ShiftedSum(torch.autograd.Function):
             grad = torch.ops.aten.silu_backward(grad, _shifted_sum(before, x, weight, bias, numbers))
         wants_input, wants_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
         grad_before, grad_x = torch.zeros_like(before), grad * weight[:, -1]
-        product = torch.mul(grad, x)
-        columns = [product.sum((0, 1))]
+        product = grad * x if wants_weight else None  # one buffer for the weight's gradient, tap after tap
+        columns = [] if product is None else [product.sum((0, 1))]
         for w in reversed(range(weight.shape[1] - 1)):
             for rows, source, span in _reads(before, x, w):
                 arriving = _same_segment(grad[:, rows], numbers, before.shape[1], rows, w)
                 if wants_input:
                     target = grad_x if source is x else grad_before
                     target[:, span].addcmul_(arriving, weight[:, w])
-                if wants_weight:
+                if product is not None:
                     torch.mul(arriving, source[:, span], out=product[:, rows])
-            columns.insert(0, product.sum((0, 1)))
+            if product is not None:
+                columns.insert(0, product.sum((0, 1)))
+        grad_weight = torch.stack(columns, dim=1) if columns else None
         grad_bias = grad.sum((0, 1)) if ctx.needs_input_grad[3] else None
-        return grad_before, grad_x, torch.stack(columns, dim=1), grad_bias, None, None
+        return grad_before, grad_x, grad_weight, grad_bias, None, None
 
 
 def _shifted_sum(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None) -> Tensor:
@@ -152,7 +154,7 @@ def _reads(before: Tensor, x: Tensor, w: int) -> Iterator[tuple[slice, Tensor, s
 
 
 def _same_segment(z: Tensor, numbers: Tensor | None, history: int, rows: slice, w: int) -> Tensor:
-    """Z (B, rows, D) with zeros at the positions whose tap w would read another segment; history = W-1."""
+    """Gives z (B, rows, D) with zeros at the positions whose tap w would read another segment; history = W-1."""
     if numbers is None:
         return z
     own = numbers[:, history + rows.start : history + rows.stop]

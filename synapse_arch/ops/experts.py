@@ -31,7 +31,8 @@ def expert_swiglu(
         indices: (n, k) integers in -1 .. E-1; -1 marks a slot that is not used, so k may differ by token.
         weights: (n, k) combination weights; an unused slot's weight is ignored.
         backend: "sorted" (tokens grouped by expert, one pair of products an expert), "grouped"
-            (the same as grouped matrix products, no host synchronisation; "auto" takes it off the CPU),
+            (the same as grouped matrix products, no host synchronisation; "auto" takes it off the CPU where
+            dtype and widths allow, and logs once where they do not),
             or "reference" (every expert on every token).
 
     Returns:

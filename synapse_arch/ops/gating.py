@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def gate(x: Tensor, logits: Tensor, activation: Literal["sigmoid", "silu"]) -> Tensor:
-    """X · activation(logits), elementwise; the activation is computed again for the gradient.
+    """Computes x · activation(logits) elementwise; the activation is computed again for the gradient.
 
     Args:
         x: any shape.
@@ -47,7 +47,7 @@ class _Gate(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """X / sqrt(mean x² + eps) · weight over the last dimension (Zhang & Sennrich 2019).
+    """Computes x / sqrt(mean x² + eps) · weight over the last dimension (Zhang & Sennrich 2019).
 
     Args:
         x: (..., V).

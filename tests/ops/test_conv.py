@@ -82,3 +82,10 @@ def test_what_does_not_fit() -> None:
         causal_conv1d(x, torch.ones(3, 1))
     with pytest.raises(StateError, match=r"state: expected \(B, 3, D\)"):
         causal_conv1d(x, torch.ones(3, 4), state=torch.zeros(2, 2, 3))
+
+
+def test_a_frozen_kernel_gets_no_gradient_and_changes_no_other() -> None:
+    x, weight = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
+    (frozen,) = torch.autograd.grad(causal_conv1d(x, weight, activation="silu")[0].sum(), x)
+    (trained,) = torch.autograd.grad(causal_conv1d(x, weight.requires_grad_(), activation="silu")[0].sum(), x)
+    assert torch.equal(frozen, trained)

@@ -42,42 +42,56 @@ def memory_probe(
     final: Tensor,
     *,
     rule: Rule,
+    write: Tensor | None = None,
     segment_ids: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> MemoryProbe:
     """Collision, read confidence and norm of a fast-weight memory at every token (arguments: `memory_trace`).
 
     The memories W_t are never formed. Each token becomes two virtual ones, a bare read of k_t and the true
-    write, so one pass yields r_t = W_{t-1}^T k_t. With the effective write w_t (hebbian: beta v; delta:
-    beta (v - a r)) W_t = a W_{t-1} + k w^T, hence
+    write, so one pass yields r_t = W_{t-1}^T k_t. With the effective write w_t (hebbian: w v; delta:
+    w v - beta a r) W_t = a W_{t-1} + k w^T, hence
         ||W_t||^2 = a^2 ||W_{t-1}||^2 + 2 a <r_t, w_t> + ||k_t||^2 ||w_t||^2,
-    a scalar recurrence that the same op runs, with the same segments and mask.
+    a scalar recurrence that the same op runs, with the same segments and mask. A token that writes M times is
+    M tokens of which only the first decays.
     """
     q, k, v, beta, log_decay, o, final = (wide(x) for x in (q, k, v, beta, log_decay, o, final))
+    write = None if write is None else wide(write)
+    steps = 1
+    if k.dim() == 5:
+        steps = k.shape[2]
+        k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+        write = None if write is None else write.flatten(1, 2)
+        log_decay = _interleave(log_decay, *[torch.zeros_like(log_decay)] * (steps - 1))
+        segment_ids, mask = _each(segment_ids, steps), _each(mask, steps)
     state = torch.zeros_like(final) if state is None else wide(state)
     norm_0 = torch.linalg.vector_norm(state, dim=(-2, -1))  # (B, H)
     if k.shape[1] == 1:
         met = (state * k[:, 0, ..., None]).sum(-2)[:, None]
         before, after = norm_0[:, None], torch.linalg.vector_norm(final, dim=(-2, -1))[:, None]
     else:
-        doubled = None if segment_ids is None else segment_ids.repeat_interleave(2, 1)
-        real = None if mask is None else mask.repeat_interleave(2, 1)
+        doubled, real = _each(segment_ids, 2), _each(mask, 2)
         none = torch.zeros_like(beta)
         keys, decays = _interleave(k, k), _interleave(none, log_decay)
         reads, _ = delta_rule(
             keys, keys, _interleave(v, v), _interleave(none, beta), decays, state,
+            write=None if write is None else _interleave(torch.zeros_like(write), write),
             rule=rule, segment_ids=doubled, mask=real,
         )  # fmt: skip
         met = reads[:, ::2]
         kept = log_decay.exp()[..., None] * met
-        write = beta[..., None] * (v - kept if rule == "delta" else v)
-        gain = 2 * (kept * write).sum(-1) + (k * k).sum(-1) * (write * write).sum(-1)
+        erased = kept if rule == "delta" else torch.zeros_like(kept)
+        wrote = beta[..., None] * (v - erased) if write is None else write * v - beta[..., None] * erased
+        gain = 2 * (kept * wrote).sum(-1) + (k * k).sum(-1) * (wrote * wrote).sum(-1)
         squares, _ = _scalar_recurrence(_interleave(none, gain), 2 * decays, norm_0**2, segment_ids=doubled, mask=real)
         norms = squares.clamp(min=0).sqrt()
-        before, after = norms[:, ::2], norms[:, 1::2]
+        before, after = norms[:, ::2], norms[:, 2 * steps - 1 :: 2 * steps]
         # where the norm has cancelled to 0, what a read still shows is rounding
         met, o = torch.where(before[..., None] > 0, met, 0), torch.where(after[..., None] > 0, o, 0)
-    return MemoryProbe(_alignment(met, before, k), _alignment(o, after, q), after)
+    collision = _alignment(met, before, k)
+    if steps > 1:
+        collision = collision.unflatten(1, (-1, steps)).nanmean(2)
+    return MemoryProbe(collision, _alignment(o, after, q), after)
 
 
 class MLSTMProbe(NamedTuple):
@@ -230,9 +244,14 @@ def _alignment(read: Tensor, norm: Tensor, key: Tensor) -> Tensor:
     return share.clamp(max=1)
 
 
-def _interleave(a: Tensor, b: Tensor) -> Tensor:
-    """a_1, b_1, a_2, b_2 ...: two (B, T, ...) to (B, 2T, ...)."""
-    return torch.stack([a, b], 2).flatten(1, 2)
+def _interleave(*parts: Tensor) -> Tensor:
+    """a_1, b_1, a_2, b_2 ...: M tensors (B, T, ...) to (B, MT, ...)."""
+    return torch.stack(parts, 2).flatten(1, 2)
+
+
+def _each(x: Tensor | None, times: int) -> Tensor | None:
+    """Every entry of (B, T) so many times."""
+    return None if x is None else x.repeat_interleave(times, 1)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ D model width, F expert hidden width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -143,6 +145,7 @@ def memory_trace(
     final: Tensor,
     spec: TraceSpec,
     *,
+    write: Tensor | None = None,
     rule: Rule = "delta",
     segment_ids: Tensor | None = None,
     mask: Tensor | None = None,
@@ -151,31 +154,37 @@ def memory_trace(
 
     Args:
         q: (B, T, H, K) queries as given to ops.delta_rule.
-        k: (B, T, H, K) keys.
+        k: (B, T, H, K) keys, or (B, T, M, H, K) for M writes a token; v, beta and write alike.
         v: (B, T, H, V) values.
-        beta: (B, T, H) write strengths.
+        beta: (B, T, H) strengths.
         log_decay: (B, T, H), or None for no decay.
         o: (B, T, H, V) what ops.delta_rule returned, before any norm or gate.
         state: (B, H, K, V) the memory before the call (None: empty).
         final: (B, H, K, V) the memory that ops.delta_rule returned.
         spec: what is kept.
+        write: (B, T, H, V), as given to ops.delta_rule.
         rule: as given to ops.delta_rule.
         segment_ids: (B, T) ints, as given to ops.delta_rule.
         mask: (B, T) bool, as given to ops.delta_rule.
     """
     if log_decay is None:
-        log_decay = torch.zeros_like(beta)
-    probe = memory_probe(q, k, v, beta, log_decay, o, state, final, rule=rule, segment_ids=segment_ids, mask=mask)
+        log_decay = torch.zeros_like(q[..., 0])
+    packing: Any = {"segment_ids": segment_ids, "mask": mask}
+    probe = memory_probe(q, k, v, beta, log_decay, o, state, final, write=write, rule=rule, **packing)
     kept_mask = None if mask is None else spec.keep(mask)[..., None]
+    strength = beta if write is None else write.mean(-1)
+    steps = 1
+    if k.dim() == 5:
+        strength, steps = strength.mean(2), k.shape[2]
     count = _unmasked(k, mask)
     return MemoryTrace(
         positions=spec.positions(k.shape[1], k.device),
-        write=_blank(spec.keep(beta), kept_mask),
+        write=_blank(spec.keep(strength), kept_mask),
         decay=_blank(spec.keep(log_decay).exp(), kept_mask),
         collision=_blank(spec.keep(probe.collision), kept_mask),
         read_conf=_blank(spec.keep(probe.read_conf), kept_mask),
         fro_norm=_blank(spec.keep(probe.norm), kept_mask),
-        writes=count,
+        writes=count * steps,
         reads=count,
         weights=final.detach(),
     )

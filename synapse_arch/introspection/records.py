@@ -145,26 +145,30 @@ class GateTrace(_Record):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MemoryTrace(_Record):
-    """The fast-weight memory. W_{t-1} is the memory before token t decays and writes it, W_t after."""
+    """The fast-weight memory. W_{t-1} is the memory before token t decays and writes it, W_t after.
+
+    A token may write several times; `write` and `collision` are then means over its writes.
+    """
 
     _derived = ("utilisation", "capacity")
 
     positions: Tensor
     """(n,) int64: offsets of the kept tokens in this call."""
     write: Tensor
-    """(B, n, H): write strength beta_t."""
+    """(B, n, H): what scales the value written, beta_t; with a write gate of its own the mean of w_t over channels."""
     decay: Tensor
     """(B, n, H) in (0, 1]: alpha_t = exp(log_decay_t), what is kept of W_{t-1}."""
     collision: Tensor
     """(B, n, H) in [0, 1]: ||W_{t-1}^T k_t|| / (||W_{t-1}||_F ||k_t||), how much the memory already
-    answers to the key being written. NaN where W_{t-1} or k_t is 0."""
+    answers to the key being written. NaN where W_{t-1} or k_t is 0. Each of several writes meets the memory that the
+    one before left; the mean leaves NaN out."""
     read_conf: Tensor
     """(B, n, H) in [0, 1]: ||W_t^T q_t|| / (||W_t||_F ||q_t||), how much of the memory the query meets.
     NaN where W_t or q_t is 0."""
     fro_norm: Tensor
     """(B, n, H): ||W_t||_F after the write."""
     writes: Tensor
-    """(B,) int64: writes of the call, one for each unmasked token."""
+    """(B,) int64: writes of the call, one (or as many as a token makes) for each unmasked token."""
     reads: Tensor
     """(B,) int64: reads of the call, one for each unmasked token."""
     weights: Tensor = field(metadata={"json": False})

@@ -1,7 +1,7 @@
 """What a model costs: parameters, active parameters, state bytes, floating-point operations a token.
 
 Nothing is estimated from tables: a configuration is built on the meta device, without memory, and counted.
-A multiply-add is two operations; E experts, c chunk, T time.
+A multiply-add is two operations; E experts, M writes of a token to the fast-weight memory, T time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from synapse_arch.model.config import SynapseConfig
 from synapse_arch.model.model import SynapseModel
-from synapse_arch.modules import XLSTM, ExpertPool, FastWeightMemory, Mamba, Thalamus
+from synapse_arch.modules import XLSTM, ExpertPool, FastWeightMemory, Mamba, MemoryConfig, Thalamus
 from synapse_arch.ops import delta_rule, mlstm, ssd
 
 
@@ -93,13 +93,22 @@ def _recurrence(module: Mamba | XLSTM | FastWeightMemory, chunked: bool) -> int:
     if isinstance(module, XLSTM):
         key, value = module.d_key, module.d_value + 1  # the normaliser is one more value column
         return int(c.n_heads * _head(key, value, _chunk(mlstm) if chunked else 0))
-    size = _chunk(delta_rule) if chunked else 0
-    head = _head(c.d_key, c.d_value, size)
+    return int(c.n_heads * _memory_head(c, _chunk(delta_rule) if chunked else 0))
+
+
+def _memory_head(c: MemoryConfig, size: int) -> int:
+    """A head of the fast-weight memory: M writes and a read; `size` writes a chunk, 0 for the recurrent form."""
+    steps, key, value = c.n_householder, c.d_key, c.d_value
+    tokens = max(size // steps, 1) if size else 0
+    size = tokens * steps
+    head = _head(key, value, size) + 2 * (steps - 1) * key * value
+    head += 2 * (tokens**2 - size**2)  # log decays are summed over tokens, not over writes
     if c.rule == "delta":
-        head += 2 * c.d_key * c.d_value  # what the key held
-        head += 2 * size * (2 * c.d_key + c.d_value)  # K Kᵀ, and A⁻¹ on keys and values
-        head += 2 * (size**2 - 1) // 3 if size else 0  # A⁻¹ itself, by doubling its diagonal blocks
-    return int(c.n_heads * head)
+        head += 2 * steps * key * value  # what the keys held
+        head += 2 * steps * size * (2 * key + value)  # K Kᵀ, and A⁻¹ on keys and values
+        width = 1 << (size - 1).bit_length() if size else 0
+        head += 2 * width * (width**2 - 1) // (3 * tokens) if size else 0  # A⁻¹ itself, by doubling its diagonal blocks
+    return head
 
 
 def _head(key: int, value: int, size: int) -> int:

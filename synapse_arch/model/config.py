@@ -25,7 +25,7 @@ class SynapseConfig:
         n_layers: number of layers.
         tie_embeddings: the head uses the embedding's weights.
         norm_eps: added to the mean square in the layers' norms.
-        thalamus: the Mamba router of each layer; with experts=None a plain relay.
+        thalamus: the Mamba router of each layer; with experts=None a plain relay, with mamba=None a plain router.
         xlstm: the language module, or None for none.
         experts: the expert pool, or None for none.
         memory: the fast-weight memory, or None for none.
@@ -65,7 +65,8 @@ class SynapseConfig:
     @property
     def residual_branches(self) -> int:
         """How many outputs are added to the residual stream, over all layers."""
-        return self.n_layers * (1 + sum(part is not None for part in (self.xlstm, self.experts, self.memory)))
+        parts = (self.xlstm, self.thalamus.mamba, self.experts, self.memory)
+        return self.n_layers * sum(part is not None for part in parts)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SynapseConfig:

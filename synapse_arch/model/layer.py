@@ -45,7 +45,8 @@ class SynapseLayer(nn.Module):
         if config.xlstm is not None:
             self.xlstm_norm = norm()
             self.xlstm = XLSTM(d, config.xlstm, residual_branches=branches)
-        self.thalamus_norm = norm()
+        idle = config.thalamus.mamba is None and config.experts is None
+        self.thalamus_norm = nn.Identity() if idle else norm()
         self.thalamus = Thalamus(d, config.n_experts, config.thalamus, residual_branches=branches)
         if config.experts is not None:
             self.experts_norm = norm()
@@ -79,7 +80,8 @@ class SynapseLayer(nn.Module):
             xlstm = self.xlstm(self.xlstm_norm(x), state and state.xlstm, **common)
             x = x + xlstm.y
         thalamus = self.thalamus(self.thalamus_norm(x), state and state.thalamus, **common)
-        x = x + thalamus.y
+        if thalamus.y is not None:
+            x = x + thalamus.y
         if self.experts is not None:
             experts = self.experts(self.experts_norm(x), thalamus.routing, trace=spec)
             x = x + experts.y

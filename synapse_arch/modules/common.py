@@ -164,3 +164,10 @@ def check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in choices:
         raise ConfigError(explain(f"{type(config).__name__}.{name}", f"one of {', '.join(choices)}", repr(value)))
+
+
+def check_flag(config: object, name: str) -> None:
+    """Raises ConfigError unless the named field is True or False."""
+    value = getattr(config, name)
+    if not isinstance(value, bool):
+        raise ConfigError(explain(f"{type(config).__name__}.{name}", "True or False", repr(value)))

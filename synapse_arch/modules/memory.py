@@ -1,7 +1,8 @@
 """FastWeightMemory: a key-value matrix that is written while the model reads.
 
 Delta rule with decay and short convolution (Yang et al. 2024b), writing strengths up to 2 (Grazzi et al. 2024), or
-plain Hebbian outer products. B batch, T time, D model width, H heads, K key width, V value width, W conv width.
+plain Hebbian outer products; several writes a token (Siems et al. 2025) and a write gate apart from the erasing one
+where asked for. B batch, T time, D model width, H heads, K key width, V value width, W conv width, M writes a token.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from synapse_arch.modules.common import (
     MixerOutput,
     ShortConv,
     check_choice,
+    check_flag,
     check_input,
     check_positive,
     check_range,
@@ -45,6 +47,9 @@ class MemoryConfig:
         d_key: K, width of a key: how many facts a head can hold apart.
         d_value: V.
         rule: "delta" (a write first erases what its key held) or "hebbian" (it adds).
+        n_householder: M, delta writes a token makes one after another, each with its own key, value and strength.
+        write_gate: strengths apart for what a write erases (a head's, in (0, beta_max)) and for what it adds (each
+            value channel's, in (0, 1)); with the hebbian rule only the latter act.
         d_conv: W, positions the short convolution sees.
         beta_max: write strengths lie in (0, beta_max); above 1 the state can be reflected.
         decay_min, decay_max: the heads' decay rates A start log-uniform in this range.
@@ -55,6 +60,8 @@ class MemoryConfig:
     d_key: int = 64
     d_value: int = 64
     rule: Rule = "delta"
+    n_householder: int = 1
+    write_gate: bool = False
     d_conv: int = 4
     beta_max: float = 2.0
     decay_min: float = 0.01
@@ -64,7 +71,8 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         check_choice(self, "rule", ("delta", "hebbian"))
-        check_positive(self, n_heads=1, d_key=1, d_value=1, d_conv=2, beta_max=1e-3)
+        check_flag(self, "write_gate")
+        check_positive(self, n_heads=1, d_key=1, d_value=1, n_householder=1, d_conv=2, beta_max=1e-3)
         check_positive(self, decay_min=1e-9, decay_max=1e-9, dt_min=1e-6, dt_max=1e-6)
         check_range(self, "decay_min", "decay_max")
         check_range(self, "dt_min", "dt_max")
@@ -74,7 +82,7 @@ class FastWeightState(NamedTuple):
     """What a memory holds."""
 
     conv: Tensor
-    """(B, W-1, H (2K + V))."""
+    """(B, W-1, H (K + M (K + V)))."""
     weights: Tensor
     """(B, H, K, V) the fast weights, float32 or wider."""
 
@@ -97,11 +105,15 @@ class FastWeightMemory(nn.Module):
         super().__init__()
         self.d_model, self.config = d_model, config or MemoryConfig()
         c = self.config
-        self.mixed = c.n_heads * (2 * c.d_key + c.d_value)  # queries, keys, values
-        hidden = c.n_heads * c.d_value
-        self.in_proj = linear(d_model, self.mixed)
-        self.gate_proj = linear(d_model, hidden + 2 * c.n_heads)  # output gate, write strength, step
-        self.conv = ShortConv(self.mixed, c.d_conv)
+        keys, hidden = c.n_heads * c.d_key, c.n_heads * c.d_value
+        steps = c.n_householder
+        self.mixed = [keys, steps * keys, steps * hidden]  # queries, keys, values
+        self.gates = [hidden, steps * c.n_heads, c.n_heads]  # output gate, strength, step
+        if c.write_gate:
+            self.gates.append(steps * hidden)
+        self.in_proj = linear(d_model, sum(self.mixed))
+        self.gate_proj = linear(d_model, sum(self.gates))
+        self.conv = ShortConv(sum(self.mixed), c.d_conv)
         rates = torch.empty(c.n_heads).uniform_(math.log(c.decay_min), math.log(c.decay_max))
         self.A_log = keep_float32(nn.Parameter(rates))
         self.dt_bias = dt_bias(c.n_heads, c.dt_min, c.dt_max)
@@ -143,18 +155,27 @@ class FastWeightMemory(nn.Module):
         check_state("FastWeightMemory", state, FastWeightState)
         c = self.config
         packing: Any = {"segment_ids": segment_ids, "mask": mask}
-        opening, write, step = self.gate_proj(x).split([c.n_heads * c.d_value, c.n_heads, c.n_heads], dim=-1)
+        opening, strength, step, *amount = self.gate_proj(x).split(self.gates, dim=-1)
         mixed, conv = self.conv(self.in_proj(x), state and state.conv, **packing)
-        keys = c.n_heads * c.d_key
-        q, k, v = mixed.split([keys, keys, self.mixed - 2 * keys], dim=-1)
-        q, k = (unit(wide(z.unflatten(-1, (c.n_heads, c.d_key)))) for z in (q, k))
-        v = v.unflatten(-1, (c.n_heads, c.d_value))
-        beta = c.beta_max * torch.sigmoid(wide(write))
+        q, k, v = mixed.split(self.mixed, dim=-1)
+        q, k = unit(wide(q.unflatten(-1, (c.n_heads, c.d_key)))), unit(wide(self._by_write(k, c.d_key)))
+        v = self._by_write(v, c.d_value)
+        beta = c.beta_max * torch.sigmoid(wide(self._by_write(strength)))
         log_decay = -self.A_log.exp() * F.softplus(wide(step) + self.dt_bias)
-        o, weights = delta_rule(q, k, v, beta, log_decay, state and state.weights, rule=c.rule, **packing)
+        how: Any = {"rule": c.rule, **packing}
+        if c.write_gate:
+            how["write"] = torch.sigmoid(wide(self._by_write(amount[0], c.d_value)))
+        o, weights = delta_rule(q, k, v, beta, log_decay, state and state.weights, **how)
         record = None
         if trace is not None and trace.wants("gates"):
             before = state and state.weights
-            record = memory_trace(q, k, v, beta, log_decay, o, before, weights, trace, rule=c.rule, **packing)
+            record = memory_trace(q, k, v, beta, log_decay, o, before, weights, trace, **how)
         y = self.out_proj(gate(self.norm(o).flatten(2), opening, "silu"))
         return MixerOutput(y, FastWeightState(conv, weights), record)
+
+    def _by_write(self, x: Tensor, *width: int) -> Tensor:
+        """(B, T, M H ...) -> (B, T, M, H, ...), without the axis M where a token writes once."""
+        steps = self.config.n_householder
+        sizes = (self.config.n_heads, *width)
+        y: Tensor = x.unflatten(-1, sizes if steps == 1 else (steps, *sizes))
+        return y

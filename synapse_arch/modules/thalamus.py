@@ -18,6 +18,7 @@ from synapse_arch.introspection.trace import TraceSpec
 from synapse_arch.modules.common import (
     RMSNorm,
     check_choice,
+    check_flag,
     check_input,
     check_positive,
     check_state,
@@ -26,7 +27,7 @@ from synapse_arch.modules.common import (
 )
 from synapse_arch.modules.mamba import Mamba, MambaConfig, MambaState
 from synapse_arch.ops._backends import no_autocast
-from synapse_arch.ops._checks import check_float
+from synapse_arch.ops._checks import check_float, check_packing
 from synapse_arch.ops._packing import segment_index
 
 
@@ -35,7 +36,8 @@ class ThalamusConfig:
     """How tokens are routed.
 
     Attributes:
-        mamba: the Mamba inside, "ssd" or "s6".
+        mamba: the Mamba inside, "ssd" or "s6"; None for none: nothing is relayed, the router reads its input itself.
+        context: the router reads what the Mamba makes of the context; False for the Mamba's input, this token alone.
         d_state, expand, d_conv, head_dim, n_groups: its sizes, see MambaConfig.
         top_k: experts a token visits.
         noise: standard deviation of the Gaussian noise on the router logits, in training mode only.
@@ -46,7 +48,8 @@ class ThalamusConfig:
         hebbian_gain: how strongly consolidated pathways bias the choice of a token's further experts.
     """
 
-    mamba: Literal["ssd", "s6"] = "ssd"
+    mamba: Literal["ssd", "s6"] | None = "ssd"
+    context: bool = True
     d_state: int = 64
     expand: int = 1
     d_conv: int = 4
@@ -61,15 +64,19 @@ class ThalamusConfig:
     hebbian_gain: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice(self, "mamba", ("ssd", "s6"))
+        if self.mamba is not None:
+            check_choice(self, "mamba", ("ssd", "s6"))
+        check_flag(self, "context")
         check_positive(self, top_k=1, noise=0.0, load_balance=0.0, z_loss=0.0, bias_rate=0.0, hebbian_gain=0.0)
         if not 0.0 < self.hebbian_decay < 1.0:
             raise ConfigError(explain("ThalamusConfig.hebbian_decay", "between 0 and 1", self.hebbian_decay))
         _ = self.mamba_config  # validates the rest
 
     @property
-    def mamba_config(self) -> MambaConfig:
-        """The configuration of the Mamba inside."""
+    def mamba_config(self) -> MambaConfig | None:
+        """The configuration of the Mamba inside, None without one."""
+        if self.mamba is None:
+            return None
         return MambaConfig(
             variant=self.mamba,
             d_state=self.d_state,
@@ -94,7 +101,8 @@ class Routing(NamedTuple):
 class ThalamusState(NamedTuple):
     """What a thalamus remembers."""
 
-    mamba: MambaState
+    mamba: MambaState | None
+    """None where there is no Mamba."""
     coactivation: Tensor
     """(B, E, E) float32: running average of a aᵀ, a in {0, 1}^E the experts a token visited."""
 
@@ -102,8 +110,8 @@ class ThalamusState(NamedTuple):
 class ThalamusOutput(NamedTuple):
     """What a thalamus returns."""
 
-    y: Tensor
-    """(B, T, D) the relayed signal, without the residual."""
+    y: Tensor | None
+    """(B, T, D) the relayed signal, without the residual; None where there is no Mamba."""
     routing: Routing | None
     """None where there are no experts to route to."""
     state: ThalamusState
@@ -144,7 +152,8 @@ class Thalamus(nn.Module):
             raise ConfigError(
                 explain("ThalamusConfig.top_k", f"at most {n_experts} experts", self.config.top_k, remedy)
             )
-        self.mamba = Mamba(d_model, self.config.mamba_config, residual_branches=residual_branches)
+        inside = self.config.mamba_config
+        self.mamba = None if inside is None else Mamba(d_model, inside, residual_branches=residual_branches)
         if n_experts:
             self.router_norm = RMSNorm(d_model)
             keep_float32(self.router_norm.weight)
@@ -155,9 +164,11 @@ class Thalamus(nn.Module):
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None) -> ThalamusState:
         """The state before the first position."""
-        mamba = self.mamba.init_state(batch_size, device=device)
+        mamba = None if self.mamba is None else self.mamba.init_state(batch_size, device=device)
+        if device is None:
+            device = next((parameter.device for parameter in self.parameters()), None)
         shape = (batch_size, self.n_experts, self.n_experts)
-        return ThalamusState(mamba, torch.zeros(shape, dtype=torch.float32, device=mamba.ssm.device))
+        return ThalamusState(mamba, torch.zeros(shape, dtype=torch.float32, device=device))
 
     def forward(
         self,
@@ -185,23 +196,37 @@ class Thalamus(nn.Module):
         """
         check_input("Thalamus", x, self.d_model)
         check_state("Thalamus", state, ThalamusState)
-        relayed = self.mamba(x, state and state.mamba, segment_ids=segment_ids, mask=mask)
+        y, mamba = self._relay(x, state, segment_ids, mask)
         shape = (x.shape[0], self.n_experts, self.n_experts)
         before = x.new_zeros(shape, dtype=torch.float32) if state is None else state.coactivation
         check_float(error=StateError, **{"thalamus coactivation": before})
         if before.shape != shape:
             raise StateError(explain("thalamus coactivation", shape, tuple(before.shape), "use init_state(batch_size)"))
         if not self.n_experts:
-            return ThalamusOutput(relayed.y, None, ThalamusState(relayed.state, before))
+            return ThalamusOutput(y, None, ThalamusState(mamba, before))
+        read = y if y is not None and self.config.context else x
         with no_autocast(x):
-            signal = self.router_norm(relayed.y.to(torch.promote_types(relayed.y.dtype, self.router_bias.dtype)))
+            signal = self.router_norm(read.to(torch.promote_types(read.dtype, self.router_bias.dtype)))
             logits = self.router(signal)
         routing, ranked = self._choose(logits, mask)
         after = self._fire_together(routing.indices, before, segment_ids, mask)
         record = None
         if trace is not None:
             record = routing_trace(logits, routing.indices, routing.weights, after, trace, mask=mask, ranked=ranked)
-        return ThalamusOutput(relayed.y, routing, ThalamusState(relayed.state, after), record)
+        return ThalamusOutput(y, routing, ThalamusState(mamba, after), record)
+
+    def _relay(
+        self, x: Tensor, state: ThalamusState | None, segment_ids: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor | None, MambaState | None]:
+        """What the Mamba, if any, makes of x, and its state."""
+        if state is not None and (state.mamba is None) != (self.mamba is None):
+            expected, got = ("a MambaState", "None") if state.mamba is None else ("None", "a MambaState")
+            raise StateError(explain("thalamus state.mamba", expected, got, "use init_state(batch_size)"))
+        if self.mamba is None:
+            check_packing(segment_ids, mask, {"B": x.shape[0], "T": x.shape[1]})
+            return None, None
+        relayed = self.mamba(x, state and state.mamba, segment_ids=segment_ids, mask=mask)
+        return relayed.y, relayed.state
 
     def _choose(self, logits: Tensor, mask: Tensor | None) -> tuple[Routing, Tensor]:
         """Top-k by biased logits, weights by unbiased ones; also returns what was ranked (B, T, E)."""

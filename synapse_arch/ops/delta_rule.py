@@ -1,16 +1,17 @@
 """Fast-weight memory: a key-value matrix written by the delta rule or by outer products.
 
-    delta    S_t = α_t (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ     (Schlag et al. 2021; Yang et al. 2024a, 2024b)
-    hebbian  S_t = α_t S_{t-1} + β_t k_t v_tᵀ                         (Schmidhuber 1992)
-    o_t = S_tᵀ q_t,  α = exp(log_decay)
+    delta    S_t = α_t (I − β_t k_t k_tᵀ) S_{t-1} + k_t (w_t ∘ v_t)ᵀ    (Schlag et al. 2021; Yang et al. 2024a, 2024b)
+    hebbian  S_t = α_t S_{t-1} + k_t (w_t ∘ v_t)ᵀ                        (Schmidhuber 1992)
+    o_t = S_tᵀ q_t,  α = exp(log_decay),  w = β where no strength of its own is given
 
-q and k are used as given: the caller normalises. B batch, T time, H heads, K key width, V value width,
-N chunks, c chunk.
+A position may write several times, one after another; it decays before the first and reads after the last
+(DeltaProduct, Siems et al. 2025). q and k are used as given: the caller normalises.
+B batch, T time, M writes a position, H heads, K key width, V value width, N chunks, p positions a chunk, c = p M.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ def delta_rule(
     log_decay: Tensor | None = None,
     state: Tensor | None = None,
     *,
+    write: Tensor | None = None,
     rule: Rule = "delta",
     segment_ids: Tensor | None = None,
     mask: Tensor | None = None,
@@ -43,15 +45,17 @@ def delta_rule(
 
     Args:
         q: (B, T, H, K) queries.
-        k: (B, T, H, K) keys; of unit length and beta in (0, 2) for a stable delta rule.
+        k: (B, T, H, K) keys; of unit length and beta in (0, 2) for a stable delta rule. Or (B, T, M, H, K), M writes
+            a position in order; v, beta and write then have the axis M too.
         v: (B, T, H, V) values.
-        beta: (B, T, H) write strengths.
+        beta: (B, T, H) strengths: how much of what the key held is erased, and of the value written.
         log_decay: (B, T, H) log of the decay α, <= 0; None means no decay.
         state: (B, H, K, V) float32 or wider, or None for zeros; never modified.
+        write: (B, T, H, V) strengths w of the value alone, channel by channel; beta then only erases. None means beta.
         rule: "delta" or "hebbian".
         segment_ids: (B, T) ints; the state does not cross a change of id.
         mask: (B, T) bool; False positions neither write nor decay the state.
-        chunk_size: positions computed side by side ("chunked").
+        chunk_size: writes computed side by side ("chunked").
         backend: "auto", "chunked" or "reference".
 
     Returns:
@@ -61,99 +65,138 @@ def delta_rule(
         ShapeError, StateError: arguments that do not fit. ConfigError, BackendUnavailable: rule or backend.
     """
     sizes: Sizes = {}
+    steps = "M " if isinstance(k, Tensor) and k.dim() == 5 else ""
     check_shape("q", q, "B T H K", sizes, remedy="a sequence needs at least one position")
-    check_shape("k", k, "B T H K", sizes, remedy="check n_heads")
-    check_shape("v", v, "B T H V", sizes, remedy="check n_heads")
-    check_shape("beta", beta, "B T H", sizes)
+    check_shape("k", k, f"B T {steps}H K", sizes, remedy="check n_heads")
+    check_shape("v", v, f"B T {steps}H V", sizes, remedy="check n_heads")
+    check_shape("beta", beta, f"B T {steps}H", sizes)
+    if write is not None:
+        check_shape("write", write, f"B T {steps}H V", sizes)
     if log_decay is not None:
         check_shape("log_decay", log_decay, "B T H", sizes)
     check_state("state", state, "B H K V", sizes)
-    check_float(q=q, k=k, v=v, beta=beta, log_decay=log_decay)
+    check_float(q=q, k=k, v=v, beta=beta, log_decay=log_decay, write=write)
     check_packing(segment_ids, mask, sizes)
     check_chunk_size(chunk_size)
     if rule not in ("delta", "hebbian"):
         raise ConfigError(explain("rule", "'delta' or 'hebbian'", repr(rule)))
     chosen = resolve("delta_rule", backend)
     with no_autocast(v):
-        dtype = compute_dtype(q, k, v, beta, log_decay, state)
-        qs, ks, vs, strength = widen(dtype, (q, k, v, beta))
-        decay = torch.zeros_like(strength) if log_decay is None else log_decay.to(dtype)
-        if mask is not None:
-            strength = strength.masked_fill(~mask[..., None], 0.0)
-            decay = decay.masked_fill(~mask[..., None], 0.0)
-        state = vs.new_zeros(*ks.shape[:1], *ks.shape[2:], sizes["V"]) if state is None else state.to(dtype)
-        segments = segment_index(segment_ids, mask)
+        inputs = _prepare(q, k, v, beta, write, log_decay, state, segment_index(segment_ids, mask), mask)
         if chosen == "reference" or sizes["T"] == 1:
-            o, final = _reference(qs, ks, vs, strength, decay, state, rule, segments)
+            o, final = _reference(inputs, rule)
         else:
-            o, final = _chunked(qs, ks, vs, strength, decay, state, rule, segments, min(chunk_size, sizes["T"]))
+            o, final = _chunked(inputs, rule, min(max(chunk_size // sizes.get("M", 1), 1), sizes["T"]))
     return o.to(v.dtype), final
 
 
-def _reference(
+class _Inputs(NamedTuple):
+    """The arguments in one dtype, with the writes of all positions one after another."""
+
+    q: Tensor  # (B, T, H, K)
+    k: Tensor  # (B, T M, H, K)
+    v: Tensor  # (B, T M, H, V)
+    beta: Tensor  # (B, T M, H)
+    write: Tensor | None  # (B, T M, H, V)
+    log_decay: Tensor  # (B, T, H)
+    state: Tensor  # (B, H, K, V)
+    segments: Tensor | None  # (B, T)
+
+    @property
+    def steps(self) -> int:
+        """M."""
+        return self.k.shape[1] // self.q.shape[1]
+
+
+def _prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    rule: Rule,
+    write: Tensor | None,
+    log_decay: Tensor | None,
+    state: Tensor | None,
     segments: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    mask: Tensor | None,
+) -> _Inputs:
+    """Widens the arguments, silences masked positions, and lines up the writes of each position."""
+    dtype = compute_dtype(q, k, v, beta, log_decay, state, write)
+    q, k, v, beta = widen(dtype, (q, k, v, beta))
+    decay = torch.zeros_like(q[..., 0]) if log_decay is None else log_decay.to(dtype)
+    write = None if write is None else write.to(dtype)
+    if mask is not None:
+        beta, decay = _silence(beta, mask), _silence(decay, mask)
+        write = None if write is None else _silence(write, mask)
+    if k.dim() == 5:
+        k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+        write = None if write is None else write.flatten(1, 2)
+    state = v.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
+    return _Inputs(q, k, v, beta, write, decay, state, segments)
+
+
+def _silence(x: Tensor, mask: Tensor) -> Tensor:
+    """Zeros where mask (B, T) is False."""
+    return x.masked_fill(~mask.reshape(*mask.shape, *[1] * (x.dim() - 2)), 0.0)
+
+
+def _reference(z: _Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
     """The recurrence, one position after another."""
-    outputs = []
-    for t in range(q.shape[1]):
-        if segments is not None and t > 0:
-            state = torch.where((segments[:, t] == segments[:, t - 1])[:, None, None, None], state, 0.0)
-        state = log_decay[:, t].exp()[..., None, None] * state
-        target = v[:, t]
-        if rule == "delta":
-            target = target - (k[:, t, ..., None] * state).sum(-2)
-        state = state + (beta[:, t, :, None] * k[:, t])[..., None] * target[..., None, :]
-        outputs.append((q[:, t, ..., None] * state).sum(-2))
+    outputs, state, steps = [], z.state, z.steps
+    for t in range(z.q.shape[1]):
+        if z.segments is not None and t > 0:
+            state = torch.where((z.segments[:, t] == z.segments[:, t - 1])[:, None, None, None], state, 0.0)
+        state = z.log_decay[:, t].exp()[..., None, None] * state
+        for s in range(t * steps, (t + 1) * steps):
+            k, target, beta = z.k[:, s], z.v[:, s], z.beta[:, s, :, None]
+            held = (k[..., None] * state).sum(-2) if rule == "delta" else 0.0
+            if z.write is None:
+                state = state + (beta * k)[..., None] * (target - held)[..., None, :]
+            else:
+                state = state + k[..., None] * (z.write[:, s] * target - beta * held)[..., None, :]
+        outputs.append((z.q[:, t, ..., None] * state).sum(-2))
     return torch.stack(outputs, dim=1), state
 
 
-def _chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    rule: Rule,
-    segments: Tensor | None,
-    size: int,
-) -> tuple[Tensor, Tensor]:
+def _chunked(z: _Inputs, rule: Rule, size: int) -> tuple[Tensor, Tensor]:
     """The WY form: a chunk of delta writes is one triangular system (Yang et al. 2024a, §3; decays 2024b).
 
-    With Γ_ij = exp(G_i − G_j) for j <= i:  A = I + tril(diag(β) K Kᵀ ∘ Γ, −1),  [U, W] = A⁻¹ [β V, β e^G K];
-    the effective writes are V' = U − W S, the output (e^G Q) S + tril(Q Kᵀ ∘ Γ) V'.
+    With Γ_ij = exp(G_i − G_j) for j <= i:  A = I + tril(diag(β) K Kᵀ ∘ Γ, −1),  [U, W] = A⁻¹ [w ∘ V, β e^G K];
+    the effective writes are V' = U − W S, the output (e^G Q) S + tril(Q Kᵀ ∘ Γ) V'. The M writes of a position share
+    its G; only the queries' rows of the output are ever formed.
     """
-    length = q.shape[1]
-    visible = reach(segments, size, length, q.device)
-    k = chunk_heads(k, size)  # (B, H, N, c, K)
-    q = chunk_heads(q, size)
-    v = chunk_heads(v, size)
-    beta = chunk_heads(beta, size)  # (B, H, N, c)
-    log_decay = chunk_heads(log_decay, size)  # (B, H, N, c)
-    decays = decay_gaps(log_decay).exp().masked_fill(~visible.pairs, 0.0)  # Γ
+    length, steps = z.q.shape[1], z.steps
+    visible = reach(z.segments, size, length, z.q.device)
+    q = chunk_heads(z.q, size)  # (B, H, N, p, K)
+    k = chunk_heads(z.k, size * steps)  # (B, H, N, c, K)
+    v = chunk_heads(z.v, size * steps)
+    beta = chunk_heads(z.beta, size * steps)  # (B, H, N, c)
+    log_decay = chunk_heads(z.log_decay, size)  # (B, H, N, p)
+    decays = decay_gaps(log_decay).exp().masked_fill(~visible.pairs, 0.0)  # Γ at the positions
     from_start = log_decay.cumsum(-1).exp()
     if visible.carried is not None:
         from_start = from_start * visible.carried
-    scores = (q @ k.transpose(-1, -2)) * decays
-    keys_out = (k * decays[..., -1, :, None]).transpose(-1, -2)  # (B, H, N, K, c)
+    to_writes = _repeat(decays, steps, -1)  # (B, H, N, p, c)
+    scores = (q @ k.transpose(-1, -2)) * to_writes
+    keys_out = (k * to_writes[..., -1, :, None]).transpose(-1, -2)  # (B, H, N, K, c)
     through = from_start[..., -1]
+    added = None if z.write is None else chunk_heads(z.write, size * steps) * v  # w ∘ V
     if rule == "hebbian":
-        writes = beta[..., None] * v
-        entering, final = carry(through, keys_out @ writes, state)
+        writes = beta[..., None] * v if added is None else added
+        entering, final = carry(through, keys_out @ writes, z.state)
     else:
-        overlap = (k @ k.transpose(-1, -2)) * (decays * beta[..., None])
-        solve = unit_lower_inverse(overlap.tril(-1)) * beta[..., None, :]  # A⁻¹ diag(β)
-        erased = (solve * from_start[..., None, :]) @ k  # W
-        entering, writes, final = _Corrected.apply(solve @ v, erased, keys_out, through, state)  # type: ignore[no-untyped-call]
+        overlap = (k @ k.transpose(-1, -2)) * (_repeat(to_writes, steps, -2) * beta[..., None])
+        inverse = unit_lower_inverse(overlap.tril(-1))
+        solve = inverse * beta[..., None, :]  # A⁻¹ diag(β)
+        erased = (solve * _repeat(from_start, steps, -1)[..., None, :]) @ k  # W
+        u = solve @ v if added is None else inverse @ added
+        entering, writes, final = _Corrected.apply(u, erased, keys_out, through, z.state)  # type: ignore[no-untyped-call]
     o = torch.addcmul(scores @ writes, q @ entering, from_start[..., None])
     return unchunk_heads(o, length), final
+
+
+def _repeat(x: Tensor, steps: int, dim: int) -> Tensor:
+    """Every entry along `dim` for each of the writes of its position."""
+    return x if steps == 1 else x.repeat_interleave(steps, dim)
 
 
 class _Corrected(torch.autograd.Function):

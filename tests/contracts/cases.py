@@ -136,6 +136,27 @@ def draw_delta(batch: int, length: int) -> Tensors:
     }
 
 
+def draw_product(batch: int, length: int) -> Tensors:
+    """Two writes a position."""
+    M = 2
+    return draw_delta(batch, length) | {
+        "k": keys(batch, length, M, H, K),
+        "v": normal(batch, length, M, H, V),
+        "beta": uniform(0, 2, batch, length, M, H),
+    }
+
+
+def draw_gated_product(batch: int, length: int) -> Tensors:
+    """Three writes a position, each with a strength for every value channel."""
+    M = 3
+    return draw_delta(batch, length) | {
+        "k": keys(batch, length, M, H, K),
+        "v": normal(batch, length, M, H, V),
+        "beta": uniform(0, 2, batch, length, M, H),
+        "write": uniform(0, 1, batch, length, M, H, V),
+    }
+
+
 SSM_EXTREMES = ({"dt": 1e-12}, {"dt": 1e3}, {"dt": 1e3, "A": -1e4}, {"dt": 1e-3, "A": -1e-9})
 MLSTM_EXTREMES = (
     {"i": 80.0}, {"i": -80.0}, {"f": 1e3}, {"f": -1e3}, {"i": 80.0, "f": -1e3}, {"i": -80.0, "f": -1e3},
@@ -143,6 +164,8 @@ MLSTM_EXTREMES = (
 )  # fmt: skip
 DELTA_EXTREMES = ({"log_decay": -1e4}, {"log_decay": 0.0, "beta": 2.0}, {"beta": 0.0}, {"k": 0.0, "q": 0.0})
 MEMORY = ("q", "k", "v", "beta", "log_decay")
+GATED = (*MEMORY, "write")
+GATED_EXTREMES = (*DELTA_EXTREMES, {"write": 0.0}, {"write": 1.0, "beta": 0.0, "log_decay": 0.0})
 
 TENSOR = torch.empty(0)  # the structure of a state that is one tensor
 OPS = (
@@ -156,6 +179,8 @@ OPS = (
     ),
     Case("delta_rule", draw_delta, op(delta_rule, TENSOR), MEMORY, RECURRENCES, DELTA_EXTREMES),
     Case("hebbian", draw_delta, op(delta_rule, TENSOR, rule="hebbian"), MEMORY, RECURRENCES, DELTA_EXTREMES),
+    Case("delta_rule-2", draw_product, op(delta_rule, TENSOR), MEMORY, RECURRENCES, DELTA_EXTREMES),
+    Case("delta_rule-3-write", draw_gated_product, op(delta_rule, TENSOR), GATED, RECURRENCES, GATED_EXTREMES),
 )  # fmt: skip
 
 
@@ -193,9 +218,11 @@ MODULES = (
     of_module("Mamba-s6", lambda: Mamba(D, MambaConfig(variant="s6", d_state=N, dt_rank=3))),
     of_module("Thalamus-ssd", lambda: Thalamus(D, E, ThalamusConfig(d_state=N, head_dim=4))),
     of_module("Thalamus-s6", lambda: Thalamus(D, E, ThalamusConfig(mamba="s6", d_state=N))),
+    of_module("Thalamus-none", lambda: Thalamus(D, E, ThalamusConfig(mamba=None))),
     of_module("XLSTM", lambda: XLSTM(D, XLSTMConfig(n_heads=2))),
     of_module("Memory-delta", lambda: FastWeightMemory(D, MEMORY_SIZES)),
     of_module("Memory-hebbian", lambda: FastWeightMemory(D, replace(MEMORY_SIZES, rule="hebbian"))),
+    of_module("Memory-2-write", lambda: FastWeightMemory(D, replace(MEMORY_SIZES, n_householder=2, write_gate=True))),
 )  # fmt: skip
 
 CASES = OPS + MODULES

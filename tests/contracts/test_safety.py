@@ -138,7 +138,7 @@ def test_modules_under_autocast(case: Case) -> None:
         actual = measure(case.call, tensors)
     expected = measure(case.call, tensors)
     assert all(x.isfinite().all() for x in actual.values())
-    for name in ("y", "grad x"):
+    for name in {"y", "grad x"} & expected.keys():
         error = (actual[name].float() - expected[name]).abs().mean() / expected[name].abs().mean()
         assert error < 8 * RELATIVE[torch.bfloat16], f"{name}: {error:.3f}"
 

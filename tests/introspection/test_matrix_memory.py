@@ -57,6 +57,19 @@ def memory_inputs(rule: str) -> dict[str, Tensor]:
     }
 
 
+def many(x: dict[str, Tensor], writes: int, gated: bool) -> dict[str, Tensor]:
+    """The inputs with several writes a token, the first as it was, and with strengths of the values alone."""
+    x = dict(x)
+    if writes > 1:
+        for name, width, seed in (("k", (K,), 20), ("v", (V,), 21), ("beta", (), 22)):
+            more = rand(B, T, writes - 1, H, *width, seed=seed)
+            more = F.normalize(more, dim=-1) if name == "k" else more.sigmoid() if name == "beta" else more
+            x[name] = torch.cat([x[name][:, :, None], more], 2)
+    if gated:
+        x["write"] = rand(*x["v"].shape, seed=23).sigmoid()
+    return x
+
+
 def memory_oracle(x: dict[str, Tensor], state: Tensor | None, rule: str, pack: dict[str, Tensor | None]) -> Tensor:
     """collision, read_conf and norm of every token: (3, B, T, H), NaN where undefined or padding."""
     out = torch.full((3, B, T, H), torch.nan, dtype=torch.float64)
@@ -66,11 +79,19 @@ def memory_oracle(x: dict[str, Tensor], state: Tensor | None, rule: str, pack: d
             for t, begins in visits(b, **pack):
                 if begins:
                     w = torch.zeros_like(w)
-                q, k, v, beta = x["q"][b, t, h], x["k"][b, t, h], x["v"][b, t, h], x["beta"][b, t, h]
-                if norm(w) > 0:
-                    out[0, b, t, h] = norm(w.T @ k) / (norm(w) * norm(k))
-                w = x["log_decay"][b, t, h].exp() * w
-                w = w + beta * torch.outer(k, v - w.T @ k if rule == "delta" else v)
+                q, met = x["q"][b, t, h], []
+                several = x["k"].dim() == 5
+                ks, vs, betas, *rest = (
+                    z[b, t, :, h] if several else z[None, b, t, h]
+                    for z in (x[name] for name in ("k", "v", "beta", "write") if name in x)
+                )
+                amounts = rest[0] if rest else betas[:, None]
+                for m, (k, v, beta, amount) in enumerate(zip(ks, vs, betas, amounts, strict=True)):
+                    if norm(w) > 0:
+                        met.append(norm(w.T @ k) / (norm(w) * norm(k)))
+                    w = w if m else x["log_decay"][b, t, h].exp() * w
+                    w = w + torch.outer(k, amount * v - beta * (w.T @ k) * (rule == "delta"))
+                out[0, b, t, h] = sum(met) / len(met) if met else torch.nan
                 out[1, b, t, h] = norm(w.T @ q) / (norm(w) * norm(q))
                 out[2, b, t, h] = norm(w)
     return out
@@ -94,6 +115,34 @@ def test_memory(rule: str, kind: str, fresh: bool) -> None:
     count = [T] * B if mask is None else mask.sum(1).tolist()
     assert trace.writes.tolist() == trace.reads.tolist() == count
     assert trace.capacity == K
+
+
+@pytest.mark.parametrize(("writes", "gated"), [(1, True), (3, False), (2, True)])
+@pytest.mark.parametrize("rule", ["delta", "hebbian"])
+def test_memory_of_several_writes_and_of_a_write_gate(rule: str, writes: int, gated: bool) -> None:
+    x, pack, state = many(memory_inputs(rule), writes, gated), packing("both"), rand(B, H, K, V, seed=15)
+    spec = TraceSpec(level="gates")
+    o, final = delta_rule(**x, state=state, rule=rule, **pack)
+    trace = memory_trace(**x, o=o, state=state, final=final, spec=spec, rule=rule, **pack)
+    for got, want in zip(
+        (trace.collision, trace.read_conf, trace.fro_norm), memory_oracle(x, state, rule, pack), strict=True
+    ):
+        torch.testing.assert_close(got, want, equal_nan=True, **CLOSE)
+    strength = x["write"].mean(-1) if gated else x["beta"]
+    strength = strength.mean(2) if writes > 1 else strength
+    blank = ~pack["mask"][..., None].expand(B, T, H)
+    torch.testing.assert_close(trace.write, strength.masked_fill(blank, torch.nan), equal_nan=True)
+    assert trace.reads.tolist() == pack["mask"].sum(1).tolist()
+    assert trace.writes.tolist() == (writes * pack["mask"].sum(1)).tolist()
+    wanted = memory_oracle(x, None, rule, packing("plain"))
+    state = None
+    for t in range(3):  # a token at a time, from a fresh memory
+        token = {name: value[:, t : t + 1] for name, value in x.items()}
+        o, after = delta_rule(**token, state=state, rule=rule)
+        step = memory_trace(**token, o=o, state=state, final=after, spec=spec, rule=rule)
+        for got, want in zip((step.collision, step.read_conf, step.fro_norm), wanted[:, :, t : t + 1], strict=True):
+            torch.testing.assert_close(got, want, equal_nan=True, **CLOSE)
+        state = after
 
 
 @pytest.mark.parametrize("rule", ["delta", "hebbian"])

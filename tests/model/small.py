@@ -22,6 +22,9 @@ VOCABULARY = 23
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {},
     "s6": {"thalamus": ThalamusConfig(mamba="s6", d_state=4, top_k=2)},
+    "router alone": {"thalamus": ThalamusConfig(mamba=None)},
+    "no thalamus": {"thalamus": ThalamusConfig(mamba=None), "experts": None},
+    "two writes": {"memory": MemoryConfig(n_heads=2, d_key=4, d_value=6, n_householder=2, write_gate=True)},
     "no experts": {"experts": None},
     "no memory": {"memory": None},
     "no language module": {"xlstm": None},

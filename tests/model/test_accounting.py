@@ -16,6 +16,8 @@ CASES: dict[str, dict[str, Any]] = VARIANTS | {
     "shared expert": {"experts": ExpertsConfig(n_experts=4, d_expert=6, d_shared=5)},
     "one expert a token": {"thalamus": ThalamusConfig(d_state=4, head_dim=8, top_k=1)},
     "hebbian memory": {"memory": MemoryConfig(n_heads=2, d_key=4, d_value=6, rule="hebbian")},
+    "four writes": {"memory": MemoryConfig(n_heads=2, d_key=4, d_value=6, n_householder=4)},
+    "two hebbian writes": {"memory": MemoryConfig(n_heads=2, d_key=4, d_value=6, n_householder=2, rule="hebbian")},
     "groups": {"thalamus": ThalamusConfig(d_state=4, head_dim=8, n_groups=2)},
 }
 cases = pytest.mark.parametrize("case", CASES)
@@ -52,8 +54,22 @@ def test_active_parameters_are_those_that_one_token_reaches(case: str) -> None:
             assert used.sum() == model.config.thalamus.top_k
             reached += int(used.sum()) * parameter[0].numel()
         elif name != "embedding.weight" or model.config.tie_embeddings:
+            assert parameter.grad is not None, name
             reached += parameter.numel()
     assert accounting.active_parameters(model) == accounting.active_parameters(model.config) == reached
+
+
+@pytest.mark.parametrize(
+    ("changes", "branches"),
+    [
+        ({}, 8),
+        ({"experts": None, "xlstm": None}, 4),
+        ({"thalamus": ThalamusConfig(mamba=None)}, 6),
+        ({"thalamus": ThalamusConfig(context=False)}, 8),
+    ],
+)
+def test_residual_branches_are_what_is_added(changes: dict[str, Any], branches: int) -> None:
+    assert small_config(**changes).residual_branches == branches
 
 
 @cases
@@ -81,8 +97,10 @@ def test_flops_without_the_recurrences_are_those_of_a_single_step(case: str) -> 
         model(torch.tensor([[3]]))
     flops, counted = accounting.flops_per_token(model), counter.get_total_flops()
     states = {name: tensor for name, tensor in model.init_state(1).to_tensors().items() if "coactivation" not in name}
+    memory = model.config.memory
+    writes = memory.n_householder * (2 if memory.rule == "delta" else 1) if memory else 0
     recurrent = sum(
-        tensor.numel() * (6 if "memory" in name and model.config.memory.rule == "delta" else 4)
+        tensor.numel() * (2 + 2 * writes if "memory" in name else 4)
         for name, tensor in states.items()
         if name.endswith(("cell.C", "cell.n", "ssm", "memory.weights"))
     )

@@ -40,6 +40,37 @@ def test_the_router_reads_the_normalised_relay() -> None:
     assert_close(routing.logits, normal * thalamus.router_norm.weight @ thalamus.router.weight.T)
 
 
+def test_without_context_the_router_reads_the_token() -> None:
+    """The Mamba still relays; a token is routed alike whatever stands before it."""
+    thalamus, x = make(context=False), inputs()
+    y, routing, _, _ = thalamus(x)
+    assert torch.equal(y, thalamus.mamba(x).y)
+    normal = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert_close(routing.logits, normal * thalamus.router_norm.weight @ thalamus.router.weight.T)
+    assert_close(thalamus(x.flip(1)).routing.logits.flip(1), routing.logits)
+
+
+def test_without_a_mamba_it_only_routes() -> None:
+    thalamus, x = make(mamba=None), inputs()
+    assert {name for name, _ in thalamus.named_parameters()} == {"router.weight", "router_norm.weight"}
+    y, routing, state, _ = thalamus(x)
+    assert y is None
+    assert state.mamba is None
+    blind = make(context=False)
+    blind.load_state_dict(thalamus.state_dict(), strict=False)
+    assert torch.equal(blind(x).routing.logits, routing.logits)
+    assert torch.equal(blind(x).state.coactivation, state.coactivation)
+
+
+def test_a_state_of_the_other_kind_is_refused() -> None:
+    """None for a Mamba's state would start it afresh without a word."""
+    with_mamba, without = make(), make(mamba=None)
+    with pytest.raises(StateError, match=r"state\.mamba: expected a MambaState, got None"):
+        with_mamba(inputs(), without.init_state(3))
+    with pytest.raises(StateError, match=r"state\.mamba: expected None, got a MambaState"):
+        without(inputs(), with_mamba.init_state(3))
+
+
 def test_the_start_is_near_uniform() -> None:
     probabilities = make()(inputs(20)).routing.logits.softmax(-1)
     assert probabilities.min() > 0.8 / E
@@ -202,7 +233,14 @@ def test_without_experts_it_relays() -> None:
 def test_what_does_not_fit() -> None:
     with pytest.raises(ConfigError, match="top_k: expected at most 5 experts, got 6"):
         Thalamus(D, E, ThalamusConfig(top_k=6))
-    for wrong in ({"hebbian_decay": 1.0}, {"noise": -0.1}, {"top_k": 0}, {"mamba": "s4"}, {"d_state": 0}):
+    for wrong in (
+        {"hebbian_decay": 1.0},
+        {"noise": -0.1},
+        {"top_k": 0},
+        {"mamba": "s4"},
+        {"d_state": 0},
+        {"context": 1},
+    ):
         with pytest.raises(ConfigError, match=next(iter(wrong)).replace("mamba", "mamba|variant")):
             ThalamusConfig(**wrong)  # type: ignore[arg-type]
     thalamus = make()

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from synapse_arch.ops import delta_rule
 from synapse_arch.ops.delta_rule import Rule, unit_lower_inverse
-from tests.contracts.cases import draw_delta, keys, normal
+from tests.contracts.cases import draw_delta, draw_gated_product, keys, normal
 from tests.helpers import Tensors, assert_close, assert_same, cast, measure
 
 FORMS = pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -90,6 +90,69 @@ def test_delta_is_a_product_of_householder_steps(backend: str) -> None:
 
     tensors = draw_delta(2, 50)
     assert_same(measure(ours, tensors), measure(products, tensors))
+
+
+@FORMS
+@pytest.mark.parametrize("rule", ["delta", "hebbian"])
+def test_several_writes_are_tokens_that_do_not_decay(rule: Rule, backend: str) -> None:
+    """DeltaProduct: three writes a position equal three positions, of which the first decays and the last is read."""
+    T, M = 40, 3
+    tensors = draw_gated_product(2, T)
+    segments, mask = torch.arange(T).expand(2, -1) // 17, torch.rand(2, T) > 0.2
+
+    def ours(z: Tensors) -> Tensors:
+        o, state = delta_rule(**z, rule=rule, segment_ids=segments, mask=mask, backend=backend)
+        return {"state": state, "y": o[mask]}
+
+    def virtual(z: Tensors) -> Tensors:
+        long = {name: z[name].flatten(1, 2) for name in ("k", "v", "beta", "write")}
+        first = (torch.arange(M * T) % M == 0)[:, None]
+        packing = {"segment_ids": segments.repeat_interleave(M, 1), "mask": mask.repeat_interleave(M, 1)}
+        for name in ("q", "log_decay"):
+            long[name] = z[name].repeat_interleave(M, 1)
+        long["log_decay"] = long["log_decay"] * first
+        o, state = delta_rule(**long, state=z["state"], rule=rule, backend="reference", **packing)
+        return {"state": state, "y": o[:, M - 1 :: M][mask]}
+
+    assert_same(measure(ours, tensors), measure(virtual, tensors))
+
+
+@FORMS
+def test_erasing_and_writing_apart(backend: str) -> None:
+    """The products α (I - β k kᵀ), and what is added scaled channel by channel."""
+    tensors = draw_delta(2, 50) | {"write": torch.rand(2, 50, 4, 5, dtype=torch.float64)}
+
+    def expected(z: Tensors) -> Tensors:
+        return products(z | {"v": z["v"] * z["write"] / z["beta"][..., None]})
+
+    def ours(z: Tensors) -> Tensors:
+        o, state = delta_rule(**z, backend=backend)
+        return {"state": state, "y": o[:, -1:]}
+
+    assert_same(measure(ours, tensors), measure(expected, tensors))
+
+
+@FORMS
+@pytest.mark.parametrize("rule", ["delta", "hebbian"])
+def test_writing_as_strong_as_erasing_is_the_classic_rule(rule: Rule, backend: str) -> None:
+    tensors = draw_delta(2, 50)
+    strength = tensors["beta"][..., None].expand_as(tensors["v"])
+    pairs = [
+        dict(zip(("y", "s"), delta_rule(**tensors, write=write, rule=rule, backend=backend), strict=True))
+        for write in (strength, None)
+    ]
+    assert_same(*pairs)
+
+
+@FORMS
+def test_two_reflections_rotate(backend: str) -> None:
+    """Two writes of strength 2 turn by twice the angle between their keys: no single write is a rotation."""
+    half = torch.tensor(0.3, dtype=torch.float64)
+    along = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    k = torch.stack([along, torch.stack([half.cos(), half.sin()])]).expand(1, 3, 2, 2)[:, :, :, None]
+    q, v, beta = normal(1, 3, 1, 2), torch.zeros(1, 3, 2, 1, 1).double(), torch.full((1, 3, 2, 1), 2.0).double()
+    _, state = delta_rule(q, k, v, beta, state=along[None, None, :, None], backend=backend)
+    assert_close(state[0, 0, :, 0], torch.stack([(6 * half).cos(), (6 * half).sin()]))
 
 
 @FORMS

@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format demo bench clean
+.PHONY: help venv test check format demo bench paper clean
 
 help:  ## show this
 	@echo "synapse_arch: make TARGET"
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install torch --constraint constraints.txt
-	@$(PIP) install --editable '.[train,dev]' --constraint constraints.txt
+	@$(PIP) install --editable '.[train,dev,paper]' --constraint constraints.txt
 	@touch $@
 
 test: $(STAMP)  ## run the whole test suite
@@ -51,6 +51,9 @@ demo: $(STAMP)  ## train the tiny model on Python's own source (10 minutes on 2 
 
 bench: $(STAMP)  ## measure the core: exactness, streaming, speed, memory, linearity
 	@$(BIN)/python -m benchmarks.core $(ARGS)
+
+paper: $(STAMP)  ## build the paper (text, tables, figures, PDF) from paper/results
+	@$(BIN)/python -m paper.build
 
 clean:  ## remove the environment and the caches, keep runs/
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

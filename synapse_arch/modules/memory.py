@@ -47,7 +47,8 @@ class MemoryConfig:
         d_key: K, width of a key: how many facts a head can hold apart.
         d_value: V.
         rule: "delta" (a write first erases what its key held) or "hebbian" (it adds).
-        n_householder: M, delta writes a token makes one after another, each with its own key, value and strength.
+        n_householder: M, delta writes a token makes one after another, each with its own key, value and strength. Two
+            can rotate the state, which one cannot: with two a single layer learns the permutations of three things.
         write_gate: strengths apart for what a write erases (a head's, in (0, beta_max)) and for what it adds (each
             value channel's, in (0, 1)); with the hebbian rule only the latter act.
         d_conv: W, positions the short convolution sees.
@@ -56,11 +57,11 @@ class MemoryConfig:
         dt_min, dt_max: range of the step sizes at initialisation.
     """
 
-    n_heads: int = 4
+    n_heads: int = 2
     d_key: int = 64
     d_value: int = 64
     rule: Rule = "delta"
-    n_householder: int = 1
+    n_householder: int = 2
     write_gate: bool = False
     d_conv: int = 4
     beta_max: float = 2.0

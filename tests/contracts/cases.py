@@ -212,7 +212,7 @@ def of_module(name: str, make: Callable[[], nn.Module]) -> Case:
     return Case(name, draw, call, ("x",), extremes=({"x": 1e4}, {"x": 0.0}, {"x": -1e4}), module=module)
 
 
-MEMORY_SIZES = MemoryConfig(n_heads=2, d_key=K, d_value=V)
+MEMORY_SIZES = MemoryConfig(n_heads=2, d_key=K, d_value=V, n_householder=1)
 MODULES = (
     of_module("Mamba-ssd", lambda: Mamba(D, MambaConfig(d_state=N, head_dim=4, n_groups=G))),
     of_module("Mamba-s6", lambda: Mamba(D, MambaConfig(variant="s6", d_state=N, dt_rank=3))),

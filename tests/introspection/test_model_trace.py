@@ -27,7 +27,7 @@ B, T = 2, 21
 LEVELS = ("routes", "gates", "full")
 THALAMUS = ThalamusConfig(d_state=8, head_dim=16, top_k=2)
 XLSTM_ = XLSTMConfig(n_heads=2)
-MEMORY = MemoryConfig(n_heads=2, d_key=8, d_value=8)
+MEMORY = MemoryConfig(n_heads=2, d_key=8, d_value=8, n_householder=1)
 
 
 def config(**changes: object) -> SynapseConfig:

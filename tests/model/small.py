@@ -39,7 +39,7 @@ def small_config(**changes: Any) -> SynapseConfig:
         "thalamus": ThalamusConfig(d_state=4, head_dim=8, top_k=2),
         "xlstm": XLSTMConfig(n_heads=2),
         "experts": ExpertsConfig(n_experts=4, d_expert=6),
-        "memory": MemoryConfig(n_heads=2, d_key=4, d_value=6),
+        "memory": MemoryConfig(n_heads=2, d_key=4, d_value=6, n_householder=1),
     }
     return SynapseConfig(vocab_size=VOCABULARY, d_model=16, n_layers=2, **(parts | changes))
 

@@ -89,7 +89,7 @@ def test_cat_refuses_states_of_other_models(model: SynapseModel) -> None:
     with pytest.raises(StateError, match="at least one"):
         SynapseState.cat([])
     other = read_state(small_model(memory=MemoryConfig(n_heads=2, d_key=8, d_value=6)))
-    with pytest.raises(StateError, match=r"state\.layers\.0\.memory\.conv: expected \(3, 3, 28\), got \(3, 3, 44\)"):
+    with pytest.raises(StateError, match=r"state\.layers\.0\.memory\.conv: expected \(3, 3, 28\), got \(3, 3, 72\)"):
         SynapseState.cat([read_state(model), other])
     with pytest.raises(StateError, match="device"):
         SynapseState.cat([read_state(model), read_state(model).to("meta")])

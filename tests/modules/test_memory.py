@@ -14,7 +14,7 @@ from synapse_arch.errors import ConfigError
 from synapse_arch.modules import FastWeightMemory, FastWeightState, MemoryConfig
 from tests.helpers import assert_close
 
-SIZES = MemoryConfig(n_heads=2, d_key=6, d_value=5)
+SIZES = MemoryConfig(n_heads=2, d_key=6, d_value=5, n_householder=1)
 
 
 def by_hand(module: FastWeightMemory, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

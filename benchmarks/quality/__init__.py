@@ -1,0 +1,1 @@
+"""How well models learn: other people's tasks, peers at equal size, and what the memory and the experts do."""

@@ -1,0 +1,118 @@
+"""Learning on other people's tasks: this library's model beside its peers, at equal parameters, state and data.
+
+    python -m benchmarks.quality --task parity --model synapse                 grid of learning rates, then three seeds
+    python -m benchmarks.quality --task all --model synapse transformer mamba2 --jobs 2
+    python -m benchmarks.quality --task s3 --model synapse:hebbian --lr 3e-3 --seeds 0
+    python -m benchmarks.quality --task memorization --scale published --device cuda
+    python -m benchmarks.quality --task bytes --model synapse transformer --time          how fast each is here
+    python -m benchmarks.quality --task bytes --model synapse transformer --seconds 120   equal wall time
+    python -m benchmarks.quality --table                                       what is known, beside published scores
+    python -m benchmarks.quality --list                                        tasks and models
+
+Every finished run is a JSON file under paper/results/runs and is not run again; an interrupted one goes on from its
+last test. With --jobs 2 two models train side by side, each on its share of the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality import budget, runs
+from benchmarks.quality.models import MODELS
+from benchmarks.quality.table import table
+from benchmarks.quality.tasks import TASKS
+from synapse_arch.errors import ConfigError, SynapseError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is asked for; 2 where it makes no sense."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.list:
+            print(_listing())
+        elif options.table:
+            print(table(options.results))
+        else:
+            _run(options)
+    except SynapseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    tasks = list(TASKS) if options.task == ["all"] else options.task
+    if not tasks:
+        raise ConfigError("--task: name one or more, or all; --list shows them")
+    if options.time:
+        for task in tasks:
+            print(budget.measure(task, options.model, bf16=options.bf16)["step_seconds"])
+        return
+    cells = tuple(itertools.product(options.lr, options.weight_decay or (0.0,))) if options.lr else ()
+    work = [(task, model) for task in tasks for model in options.model]
+    threads = max(1, torch.get_num_threads() // options.jobs)
+    with ProcessPoolExecutor(
+        options.jobs, mp_context=get_context("spawn"), initializer=runs.prepare, initargs=(threads,)
+    ) as pool:
+        futures = [
+            pool.submit(
+                runs.experiment, task, model, scale=options.scale, seeds=tuple(options.seeds), cells=cells,
+                steps=_steps(task, model, options.seconds), results=options.results, device=options.device,
+                bf16=options.bf16,
+            )
+            for task, model in work
+        ]  # fmt: skip
+        for future in futures:
+            future.result()
+    print(table(options.results, tasks))
+
+
+def _steps(task: str, model: str, seconds: float | None) -> int | None:
+    return None if seconds is None else budget.steps(task, [model], seconds=seconds)[model]
+
+
+def _listing() -> str:
+    tasks = [f"  {name:<18} {task.description}" for name, task in TASKS.items()]
+    models = [f"  {name:<28} {spec.description}" for name, spec in MODELS.items()]
+    return "\n".join(["tasks", *tasks, "models", *models])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="tasks and models")
+    parser.add_argument("--table", action="store_true", help="the results so far, nothing is run")
+    parser.add_argument("--task", nargs="+", default=[], metavar="TASK", choices=[*TASKS, "all"], help="tasks, or all")
+    parser.add_argument(
+        "--model", nargs="+", default=["synapse"], metavar="MODEL", choices=MODELS, help="models (synapse)"
+    )
+    parser.add_argument("--scale", choices=("cpu", "published"), default="cpu", help="how much is trained (cpu)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="the first chooses the learning rate (0 1 2)"
+    )
+    parser.add_argument(
+        "--lr", nargs="+", type=float, default=[], help="learning rates to try, instead of the task's grid"
+    )
+    parser.add_argument("--weight-decay", nargs="+", type=float, default=[], help="with --lr: weight decays to try (0)")
+    parser.add_argument("--seconds", type=float, help="equal training time of every model, instead of equal steps")
+    parser.add_argument(
+        "--time", action="store_true", help="time a step of each model, for --seconds; nothing is trained"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="models trained side by side (1)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bf16")
+    parser.add_argument("--results", type=Path, default=runs.RESULTS, help="folder of the records")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

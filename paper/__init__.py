@@ -1,0 +1,1 @@
+"""The paper: its text, and the code that makes every number, table and figure in it from paper/results."""

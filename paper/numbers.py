@@ -1,0 +1,327 @@
+"""Results into numbers: what the paper says is taken from here, and from nowhere else.
+
+    results/runs/<task>/*.json    runs of benchmarks.quality, one a task, model, learning rate, weight decay and seed
+    results/text/*.json           longer runs on bytes, of the same format, and what compressors reach on the same text
+    results/speed/<task>.json     seconds of a training step of each model, by which equal times are made
+    results/<name>.json           other experiments, each as its benchmark wrote it: memory, routing
+
+What was not run is None, and printed as such.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.records import Cell, Record, best, read
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "paper" / "results"
+CORE = ROOT / "benchmarks" / "results"
+OURS = "synapse"
+BYTES = "bytes"
+DENSE = "synapse:dense-experts"
+MAD = ("memorization", "in-context-recall", "compression", "selective-copy")
+STRICT = ("memorization", "compression")
+"""Tasks whose bar must be exceeded; at the others reaching it is enough."""
+SEEDS = 3
+MINUTES = {"gzip -9": 5, "xz -9": 30}
+"""How long training on bytes may take to get below a compressor."""
+MEMORIES = {"delta", "hebbian", "none"}
+"""The models of the memory's own experiment."""
+SAME_TIME = 0.15
+"""Planned times that differ by less than this share count as equal."""
+FAIR_LOADS = 2
+"""An expert's largest share of the assignments, over the share it had if all were equal."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Something the issue asks for.
+
+    Attributes:
+        what: what is measured.
+        value: what was reached, as printed; None where it was not run.
+        goal: what was asked for, as printed.
+        met: None where it was not run.
+    """
+
+    what: str
+    value: str | None
+    goal: str
+    met: bool | None
+
+
+class Numbers:
+    """All that the paper may say.
+
+    Args:
+        tasks: the benchmark's tasks by name.
+        models: descriptions of the benchmark's models by name.
+        constants: what the code has as constants: "defaults" of the library, "training", "hebbian".
+        results: folder of the results.
+        core: folder of what `make bench` wrote.
+    """
+
+    minutes = MINUTES
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Any],
+        models: Mapping[str, str],
+        constants: Mapping[str, Any],
+        *,
+        results: Path = RESULTS,
+        core: Path = CORE,
+    ) -> None:
+        self.tasks, self.models, self.constants = tasks, models, constants
+        self.runs = [record for record in read(results / "runs") if record["scale"] == "cpu"]
+        self.texts = read(results / "text")
+        self.speeds = {record["task"]: record["step_seconds"] for record in read(results / "speed")}
+        self.memory: Record | None = _optional(results / "memory.json")
+        if self.memory is not None and not self.memory["models"].keys() >= MEMORIES:
+            self.memory = None  # it is written after every model; an unfinished one says nothing yet
+        self.routing: Record | None = _optional(results / "routing.json")
+        self.bench = read(core)[0]
+
+    def cell(self, task: str, model: str = OURS) -> Cell:
+        """What a model reached on a task.
+
+        Raises:
+            KeyError: no such task or model; one that was not run is no error.
+        """
+        if task not in self.tasks or (model not in self.models):
+            raise KeyError(f"no task {task!r} with a model {model!r}")
+        runs = self._at_equal_time() if task == BYTES else self._of(task)
+        return best(run for run in runs if run["model"] == model)
+
+    def pair(self, task: str, model: str) -> tuple[Cell, Cell]:
+        """This library's model and one with a part changed: after as many steps, or else as much time."""
+        changed = best(run for run in self._of(task) if run["model"] == model)
+        ours = [run for run in self._of(task) if run["model"] == OURS]
+        if not changed.found:
+            return self.cell(task), changed
+        other = changed.records[0]
+        alike = [run for run in ours if run["steps"] == other["steps"]] or [
+            run for run in ours if self._near(run, other)
+        ]
+        return (best(alike) if alike else self.cell(task)), changed
+
+    def _of(self, task: str) -> list[Record]:
+        return [run for run in self.runs if run["task"] == task]
+
+    def _at_equal_time(self) -> list[Record]:
+        """The runs on bytes that were planned for one time: that of the most models, the longest of equals."""
+        runs = self._of(BYTES)
+        groups = [[run for run in runs if self._near(run, ours)] for ours in runs if ours["model"] == OURS]
+
+        def rank(group: list[Record]) -> tuple[int, int]:
+            return len({run["model"] for run in group}), max(run["steps"] for run in group)
+
+        return max(groups, key=rank, default=runs)
+
+    def _near(self, one: Record, other: Record) -> bool:
+        """Whether two runs were planned for about the same time; where steps were not timed all are."""
+        first, second = (self._planned(record) for record in (one, other))
+        return first is None or second is None or abs(first / second - 1) < SAME_TIME
+
+    def _planned(self, record: Record) -> float | None:
+        """Seconds that a run's steps take on a quiet machine."""
+        seconds = self.speeds.get(record["task"], {}).get(record["model"])
+        return None if seconds is None else float(seconds) * int(record["steps"])
+
+    def core(self, start: str) -> Record:
+        """The one figure of `make bench` whose line starts like this.
+
+        Raises:
+            KeyError: none or several do.
+        """
+        found: list[Record] = [figure for figure in self.bench["figures"] if figure["what"].startswith(start)]
+        if len(found) != 1:
+            raise KeyError(f"{len(found)} figures of make bench start with {start!r}")
+        return found[0]
+
+    @property
+    def peers(self) -> list[str]:
+        """The other models."""
+        return [name for name in self.models if not name.startswith(OURS)]
+
+    @property
+    def ablations(self) -> list[str]:
+        """This library's model with a part changed, those that were run."""
+        run = {record["model"] for record in self.runs}
+        return [name for name in self.models if name.startswith(f"{OURS}:") and name in run]
+
+    @property
+    def compared(self) -> list[str]:
+        """The tasks on which this library's model and at least one peer were run."""
+        return [task for task in self.tasks if self.cell(task).found and self.best_peer(task)]
+
+    @property
+    def led(self) -> list[str]:
+        """Those of them where this library's median is better than every peer's."""
+        return [task for task in self.compared if self._lead(task) > 0]
+
+    @property
+    def tied(self) -> list[str]:
+        """Those of them where this library's median is that of the best peer."""
+        return [task for task in self.compared if self._lead(task) == 0]
+
+    def _lead(self, task: str) -> float:
+        """By how much this library's median is better than the best peer's."""
+        ours, peer = self.cell(task), self.cell(task, self.best_peer(task) or OURS)
+        gain = (ours.median or 0.0) - (peer.median or 0.0)
+        return -gain if ours.bits else gain
+
+    def best_peer(self, task: str) -> str | None:
+        """The peer with the best median on a task."""
+        known = [(name, cell) for name in self.peers if (cell := self.cell(task, name)).found]
+        if not known:
+            return None
+        return min(known, key=lambda pair: (pair[1].median or 0.0) * (1 if pair[1].bits else -1))[0]
+
+    def published(self, task: str) -> str:
+        """The published scores of a task in percent, in words."""
+        return ", ".join(f"{model} {score:.1f}" for model, score in self.tasks[task].published.items())
+
+    @property
+    def seeds(self) -> int:
+        """The largest number of seeds of a cell."""
+        return max((len(self.cell(task).scores) for task in self.tasks), default=0)
+
+    @property
+    def costliest(self) -> str | None:
+        """The changed part that costs most bits per byte."""
+        costs = {}
+        for name in self.ablations:
+            ours, changed = self.pair(BYTES, name)
+            if ours.median is not None and changed.median is not None:
+                costs[name] = changed.median - ours.median
+        worst = max(costs, key=lambda name: costs[name], default=None)
+        return worst if worst and costs[worst] > 0 else None
+
+    def ran(self, models: Sequence[str]) -> list[str]:
+        """The tasks, in order, on which at least one of the models was run."""
+        found = {record["task"] for record in self.runs if record["model"] in models}
+        return [task for task in self.tasks if task in found]
+
+    def spread(self, field: str, task: str) -> float | None:
+        """Largest over smallest value of a field among this library's model and the peers that were run on a task."""
+        cells = (self.cell(task, model) for model in (OURS, *self.peers))
+        values = [getattr(cell, field) for cell in cells if cell.found]
+        return max(values) / min(values) if values else None
+
+    def compressor(self, name: str) -> float | None:
+        """Bits per byte of "gzip -9" or "xz -9" on the held-out text of the byte task."""
+        found = [record["compressors"][name] for record in self.texts if "compressors" in record]
+        return float(found[0]) if found else None
+
+    def read_in(self, minutes: float) -> Record | None:
+        """The best run on bytes of this library's model that took at most so many minutes."""
+        texts = [record for record in self.texts if record.get("task") == BYTES and record.get("scale") == "cpu"]
+        runs = [run for run in (*texts, *self._of(BYTES)) if run["model"] == OURS and run["seconds"] <= 60 * minutes]
+        return min(runs, key=lambda record: float(record["score"]), default=None)
+
+    @property
+    def bf16(self) -> list[str]:
+        """The tasks on which matrices were multiplied in bfloat16."""
+        found = {record["task"] for record in self.runs if record["machine"].get("autocast") == "bf16"}
+        return [task for task in self.tasks if task in found]
+
+    @property
+    def machines(self) -> list[str]:
+        """The processors and threads of all runs."""
+        places = [record["machine"] for record in (*self.runs, *self.texts)]
+        return sorted({f"{place['cpu']}, {place['threads']} threads" for place in places})
+
+    @property
+    def bars(self) -> list[Bar]:
+        """What the issue asks for, and whether it was reached."""
+        tasks = [self._task_bar(name) for name, task in self.tasks.items() if task.bar is not None]
+        return [*tasks, self.one_configuration, *self._text_bars(), *self._sparse_bars()]
+
+    def bars_that_are(self, met: bool | None) -> list[Bar]:
+        """The bars that were met, missed (False), or not run (None)."""
+        return [bar for bar in self.bars if bar.met is met]
+
+    def _task_bar(self, task: str) -> Bar:
+        goal, cell = float(self.tasks[task].bar), self.cell(task)
+        sign = "above" if task in STRICT else "at least"
+        if cell.median is None:
+            return Bar(task, None, f"{sign} {goal:.1f}\u00a0%", None)
+        reached = round(100 * cell.median, 6)
+        met = reached > goal if task in STRICT else reached >= goal
+        return Bar(task, f"{reached:.1f}\u00a0%", f"{sign} {goal:.1f}\u00a0%", met)
+
+    @property
+    def one_configuration(self) -> Bar:
+        """Whether the four tasks of MAD were run with one configuration."""
+        shapes = [_shape(cell.config) for cell in map(self.cell, MAD) if cell.found]
+        met = all(shape == shapes[0] for shape in shapes) if len(shapes) == len(MAD) else None
+        value = None if met is None else ("one" if met else "several")
+        return Bar("configurations on the four MAD tasks", value, "one", met)
+
+    def _text_bars(self) -> list[Bar]:
+        ours = self.cell(BYTES).median
+        peers = [median for name in self.peers if (median := self.cell(BYTES, name).median) is not None]
+        least = min(peers, default=None)
+        met = None if ours is None or least is None else ours < least
+        goal = "below every peer" if least is None else f"below {least:.3f}, the best peer"
+        bars = [Bar("bytes, equal wall time, bits per byte", _bits(ours), goal, met)]
+        for name, minutes in MINUTES.items():
+            run, limit = self.read_in(minutes), self.compressor(name)
+            reached = None if run is None else float(run["score"])
+            met = None if reached is None or limit is None else reached < limit
+            goal = f"below {name}" if limit is None else f"below {limit:.2f}, {name}"
+            bars.append(Bar(f"bytes, at most {minutes} minutes of training, bits per byte", _bits(reached), goal, met))
+        return bars
+
+    def _sparse_bars(self) -> list[Bar]:
+        bars = []
+        if DENSE in self.models:
+            ours, dense = self.pair(BYTES, DENSE)
+            goal = "below dense" if dense.median is None else f"below {dense.median:.3f}, dense"
+            value = _bits(ours.median) if dense.found else None
+            bars.append(Bar("bytes, sparse experts, bits per byte", value, goal, ours.better_than(dense)))
+        value, met = None, None
+        if self.routing is not None:
+            load = float(self.routing["trained"]["summary"]["load"]["largest_over_fair"])
+            value, met = f"{load:.2f}", load <= FAIR_LOADS
+        return [*bars, Bar("largest load of an expert, in fair shares", value, f"at most {FAIR_LOADS}", met)]
+
+
+def _optional(file: Path) -> Record | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _bits(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
+
+
+def _shape(config: Any) -> str:
+    """A configuration without the sizes that a task decides."""
+    return json.dumps({key: value for key, value in dict(config).items() if key != "vocab_size"}, sort_keys=True)
+
+
+def gather(*, results: Path = RESULTS) -> Numbers:
+    """The numbers of the benchmark's own tasks and models."""
+    from benchmarks.quality.models import MODELS
+    from benchmarks.quality.tasks import TASKS
+
+    return Numbers(TASKS, {name: spec.description for name, spec in MODELS.items()}, constants(), results=results)
+
+
+def constants() -> dict[str, Any]:
+    """Constants of the code that the text names."""
+    from benchmarks.quality.peers import HebbianConfig
+    from benchmarks.quality.training import BETAS, CLIP
+    from synapse_arch import SynapseConfig
+
+    return {
+        "defaults": SynapseConfig().to_dict(),
+        "training": {"betas": BETAS, "clip": CLIP},
+        "hebbian": {"decay": HebbianConfig().decay},
+    }

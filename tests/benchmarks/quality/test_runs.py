@@ -1,0 +1,181 @@
+"""Runs: the same twice, resumed to the bit, kept once, chosen by the best median."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import budget, runs
+from benchmarks.quality.models import build
+from benchmarks.quality.records import best
+from benchmarks.quality.runs import Run, experiment, perform
+from benchmarks.quality.table import table
+from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks.base import Task
+from benchmarks.quality.training import Trainer
+from synapse_arch.errors import ConfigError
+
+RUN = Run(task="tiny", model="synapse", lr=3e-3, weight_decay=0.0, seed=0)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Task:
+    """Memorization, small: eight steps of eight sequences on a narrow model."""
+    whole = TASKS["memorization"]
+    protocol = replace(
+        whole.protocols["cpu"], train_examples=16, test_examples=16, batch_size=8, steps=8, lrs=(1e-3, 3e-3),
+        weight_decays=(0.0,), d_model=32, n_layers=1, eval_every=4,
+    )  # fmt: skip
+    task = replace(whole, name="tiny", protocols={"cpu": protocol})
+    monkeypatch.setitem(TASKS, "tiny", task)
+    return task
+
+
+def folders(tmp_path: Path) -> dict[str, Any]:
+    return {"results": tmp_path / "results", "unfinished": tmp_path / "unfinished"}
+
+
+def made_up(model: str, lr: float, seed: int, score: float, **others: Any) -> dict[str, Any]:
+    record = {"task": "parity", "scale": "cpu", "model": model, "lr": lr, "weight_decay": 0.0, "seed": seed}
+    return record | {"score": score, "metric": "accuracy", "steps": 10} | others
+
+
+def test_a_record_says_what_ran_and_is_not_made_twice(tiny: Task, tmp_path: Path) -> None:
+    record = perform(RUN, **folders(tmp_path))
+    assert record["steps_done"] == record["steps"] == 8
+    assert [entry[0] for entry in record["curve"]] == [4, 8]
+    assert record["score"] == record["curve"][-1][2]
+    assert record["parameters"] > record["active_parameters"] > 0
+    file = tmp_path / "results" / "tiny" / "synapse__lr0.003_wd0_s0.json"
+    assert json.loads(file.read_text()) == record
+    file.write_text(json.dumps(record | {"score": 7}))
+    assert perform(RUN, **folders(tmp_path))["score"] == 7
+    file.write_text(json.dumps(record | {"score": 7, "parameters": 1}))  # of another configuration
+    anew = perform(RUN, **folders(tmp_path))
+    assert [anew[key] for key in ("score", "curve", "parameters")] == [
+        record[key] for key in ("score", "curve", "parameters")
+    ]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(
+    tiny: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = perform(RUN, **folders(tmp_path / "whole"))
+    step = Trainer.step
+
+    def killed(trainer: Trainer) -> None:
+        if trainer.progress.step == 6:
+            raise KeyboardInterrupt
+        step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        perform(RUN, **folders(tmp_path))
+    monkeypatch.setattr(Trainer, "step", step)
+    kept = tmp_path / "unfinished" / f"{RUN.path}.pt"
+    assert kept.exists()
+    torch.manual_seed(99)
+    record = perform(RUN, **folders(tmp_path))
+    assert [entry[2] for entry in record["curve"]] == [entry[2] for entry in whole["curve"]]
+    assert record["curve"][-1][1] == whole["curve"][-1][1]
+    assert not kept.exists()
+
+
+def test_it_learns(tiny: Task) -> None:
+    torch.manual_seed(0)
+    protocol = replace(tiny.protocols["cpu"], steps=40, eval_every=40)
+    trainer = Trainer(build("synapse", task=tiny, protocol=protocol), tiny, protocol, seed=0, lr=1e-2, weight_decay=0.0)
+    before = trainer.score()
+    trainer.run()
+    assert trainer.progress.curve[-1][2] > 10 * before
+    assert trainer.progress.curve[-1][2] > 0.1
+
+
+def test_training_stops_where_the_protocol_says(tiny: Task) -> None:
+    protocol = replace(tiny.protocols["cpu"], stop_at=0.0)
+    trainer = Trainer(build("synapse", task=tiny, protocol=protocol), tiny, protocol, seed=0, lr=1e-3, weight_decay=0.0)
+    trainer.run()
+    assert trainer.progress.step == protocol.eval_every
+
+
+def test_steps_without_a_finite_gradient_are_skipped_counted_and_at_last_refused(tiny: Task) -> None:
+    protocol = replace(tiny.protocols["cpu"], steps=100, eval_every=100)
+    learner = build("synapse", task=tiny, protocol=protocol)
+    trainer = Trainer(learner, tiny, protocol, seed=0, lr=1e-3, weight_decay=0.0)
+    with torch.no_grad():
+        next(learner.head.parameters()).fill_(float("nan"))
+    kept = [parameter.clone() for parameter in learner.body.parameters()]
+    with pytest.raises(FloatingPointError, match="without a finite gradient"):
+        trainer.run()
+    assert all(torch.equal(a, b) for a, b in zip(kept, learner.body.parameters(), strict=True))
+
+
+def test_bits_are_those_of_a_uniform_guess_when_nothing_is_known() -> None:
+    task = TASKS["bytes"]
+    protocol = replace(task.protocols["cpu"], test_examples=4, d_model=32, n_layers=1)
+    learner = build("synapse", task=task, protocol=protocol)
+    with torch.no_grad():
+        next(learner.head.parameters()).zero_()
+    assert Trainer(learner, task, protocol, seed=0, lr=1e-3, weight_decay=0.0).score() == pytest.approx(8.0)
+
+
+def test_the_grid_chooses_and_all_seeds_follow(tiny: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Run] = []
+
+    def pretend(run: Run, **options: Any) -> dict[str, Any]:
+        ran.append(run)
+        return made_up("synapse", run.lr, run.seed, score=run.lr)
+
+    monkeypatch.setattr(runs, "perform", pretend)
+    experiment("tiny", "synapse", scale="cpu", seeds=(0, 1, 2))
+    assert [(run.lr, run.seed) for run in ran] == [(1e-3, 0), (3e-3, 0), (3e-3, 0), (3e-3, 1), (3e-3, 2)]
+
+
+def test_best_takes_the_median_and_knows_that_fewer_bits_are_better() -> None:
+    records = [
+        made_up("m", lr, s, score)
+        for lr, scores in ((1, (0.2, 0.9, 0.3)), (2, (0.4, 0.5, 0.4)))
+        for s, score in enumerate(scores)
+    ]
+    assert best(records).lr == 2
+    assert best(record | {"metric": "bits_per_byte"} for record in records).lr == 1
+
+
+def test_table_shows_the_cell_with_the_most_seeds_and_the_most_steps(tmp_path: Path) -> None:
+    records = [made_up("synapse", 1e-3, seed, score) for seed, score in enumerate((0.5, 0.7, 0.6))]
+    records += [made_up("synapse", 3e-3, 0, 0.9), made_up("mamba2", 3e-3, 0, 0.25)]
+    records += [made_up("mamba2", 3e-3, 0, 0.99, steps=5)]
+    assert best(record for record in records if record["model"] == "synapse").scores == [0.5, 0.7, 0.6]
+    for index, record in enumerate(records):
+        file = tmp_path / "parity" / f"{index}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(record))
+    rows = table(tmp_path).splitlines()
+    assert rows[0].startswith("| task | synapse | mamba2 | bar |")
+    assert rows[2].startswith("| parity (cpu) | 60.0 (50.0–70.0) | 25.0 | 100 |")
+
+
+def test_equal_time_is_counted_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "SPEEDS", tmp_path)
+    (tmp_path / "bytes.json").write_text(json.dumps({"step_seconds": {"synapse": 0.5, "mlstm": 0.25}}))
+    assert budget.steps("bytes", ["synapse", "mlstm"], seconds=60) == {"synapse": 120, "mlstm": 240}
+    with pytest.raises(ConfigError, match="mamba2"):
+        budget.steps("bytes", ["mamba2"], seconds=60)
+
+
+def test_command(tiny: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list"]) == 0
+    assert "memorization" in capsys.readouterr().out
+    assert command.main([]) == 2
+    assert "--task" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--task", "nonsense"])
+    record = perform(RUN, **folders(tmp_path))
+    assert command.main(["--table", "--results", str(tmp_path / "results")]) == 0
+    assert f"{100 * record['score']:.1f}" in capsys.readouterr().out

@@ -1,0 +1,144 @@
+"""The numbers of the paper, worked out by hand on a handful of made-up records, and where real ones come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import records
+from paper import numbers
+from tests.paper import fixture
+from tests.paper.fixture import record
+
+
+def test_the_median_is_that_of_the_cell_with_all_its_seeds(tmp_path: Path) -> None:
+    found = fixture.numbers(
+        tmp_path,
+        [
+            record("parity", "synapse", 0, 0.99, lr=3e-3),  # tried once in the grid, lucky
+            record("parity", "synapse", 0, 0.90),
+            record("parity", "synapse", 1, 0.60),
+            record("parity", "synapse", 2, 0.80),
+            record("parity", "mamba2", 0, 0.50),
+        ],
+    )
+    cell = found.cell("parity")
+    assert (cell.median, cell.low, cell.high, cell.best, cell.lr) == (0.80, 0.60, 0.90, 0.90, 1e-3)
+    assert cell.scores == [0.90, 0.60, 0.80]
+    assert found.cell("parity", "mamba2").median == 0.50
+    assert cell.ahead_of(found.cell("parity", "mamba2")) is True
+    assert found.cell("parity", "mlstm").median is None
+    assert cell.better_than(found.cell("parity", "mlstm")) is None
+
+
+def test_the_best_cell_of_a_grid_is_the_one_with_the_best_median(tmp_path: Path) -> None:
+    high = [record("s3", "mlstm", 0, score, lr=lr) for lr, score in ((1e-3, 0.2), (3e-3, 0.4), (1e-2, 0.4))]
+    low = [record("bytes", "mlstm", 0, score, lr=lr) for lr, score in ((1e-3, 2.2), (3e-3, 2.4))]
+    found = fixture.numbers(tmp_path, high + low)
+    assert (found.cell("s3", "mlstm").lr, found.cell("s3", "mlstm").median) == (3e-3, 0.4)
+    assert (found.cell("bytes", "mlstm").lr, found.cell("bytes", "mlstm").median) == (1e-3, 2.2)
+
+
+def test_longer_runs_speak_for_shorter_ones_and_other_scales_do_not(tmp_path: Path) -> None:
+    runs = [record("s3", "mlstm", seed, 0.9) for seed in range(3)]
+    runs += [record("s3", "mlstm", 0, 0.5, steps=80), record("s3", "mlstm", 1, 1.0, scale="published", steps=400)]
+    assert fixture.numbers(tmp_path, runs).cell("s3", "mlstm").scores == [0.5]
+
+
+def test_bars_are_met_missed_or_not_run(tmp_path: Path) -> None:
+    runs = [record("memorization", "synapse", 0, 0.896), record("parity", "synapse", 0, 1.0)]
+    runs += [record("bytes", "synapse", 0, 2.1), record("bytes", "mamba2", 0, 2.2), record("bytes", "mlstm", 0, 2.05)]
+    bars = {bar.what: bar for bar in fixture.numbers(tmp_path, runs).bars}
+    assert bars["memorization"].met is False, "it must be above its bar"
+    assert bars["parity"].met is True, "reaching it is enough"
+    assert bars["s3"].met is None
+    text = bars["bytes, equal wall time, bits per byte"]
+    assert (text.met, text.value, text.goal) == (False, "2.100", "below 2.050, the best peer")
+    assert bars["configurations on the four MAD tasks"].met is None
+
+
+def test_one_configuration_for_all_four(tmp_path: Path) -> None:
+    runs = [
+        record(task, "synapse", 0, 1.0, config={"vocab_size": size, "d_model": 8})
+        for size, task in enumerate(numbers.MAD)
+    ]
+    assert fixture.numbers(tmp_path / "a", runs).one_configuration.met is True
+    runs[2]["config"] = {"vocab_size": 2, "d_model": 16}
+    assert fixture.numbers(tmp_path / "b", runs).one_configuration.met is False
+
+
+def test_compressors_and_time(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir(parents=True)
+    packed = {"compressors": {"gzip -9": 2.0, "xz -9": 1.7}}
+    for name, score, seconds in (("a", 1.9, 290.0), ("b", 1.75, 1700.0), ("c", 1.6, 1900.0)):
+        entry = record("bytes", "synapse", 0, score, seconds=seconds) | packed
+        (folder / f"{name}.json").write_text(json.dumps(entry))
+    bars = {bar.what: bar.met for bar in fixture.numbers(tmp_path, []).bars}
+    assert bars["bytes, at most 5 minutes of training, bits per byte"] is True
+    assert bars["bytes, at most 30 minutes of training, bits per byte"] is False
+
+
+def test_models_on_text_are_compared_at_equal_time(tmp_path: Path) -> None:
+    runs = [
+        record("bytes", "synapse", 0, 2.2, steps=100, seconds=101.0),
+        record("bytes", "synapse", 0, 1.9, steps=300, seconds=305.0),
+        record("bytes", "mamba2", 0, 2.3, steps=200),
+        record("bytes", "mlstm", 0, 2.4, steps=52),
+        record("bytes", "synapse:no-memory", 0, 2.25, steps=100),
+        record("bytes", "synapse:dense-experts", 0, 2.0, steps=610),
+    ]
+    speed = {"synapse": 1.0, "mamba2": 0.5, "mlstm": 2.0, "synapse:no-memory": 0.9, "synapse:dense-experts": 0.5}
+    (tmp_path / "speed").mkdir()
+    (tmp_path / "speed" / "bytes.json").write_text(json.dumps({"task": "bytes", "step_seconds": speed}))
+    found = fixture.numbers(tmp_path, runs)
+    assert [found.cell("bytes", model).median for model in ("synapse", "mamba2", "mlstm")] == [2.2, 2.3, 2.4]
+    assert [cell.median for cell in found.pair("bytes", "synapse:no-memory")] == [2.2, 2.25], "as many steps"
+    assert [cell.median for cell in found.pair("bytes", "synapse:dense-experts")] == [1.9, 2.0], "as much time"
+    assert found.costliest == "synapse:dense-experts"
+    assert (found.read_in(5) or {})["score"] == 2.2, "the other took more than five minutes"
+
+
+def test_where_our_model_leads_and_where_it_is_level(tmp_path: Path) -> None:
+    tasks = {"parity": (1.0, 1.0), "s3": (0.9, 0.8), "mqar-64": (0.7, 0.8), "bytes": (2.0, 2.1)}
+    runs = [record(task, "synapse", 0, ours) for task, (ours, _) in tasks.items()]
+    runs += [record(task, "mlstm", 0, theirs) for task, (_, theirs) in tasks.items()]
+    found = fixture.numbers(tmp_path, [*runs, record("compression", "synapse", 0, 0.5)])
+    assert (found.led, found.tied) == (["s3", "bytes"], ["parity"])
+    assert found.compared == ["mqar-64", "parity", "s3", "bytes"]
+
+
+def test_unknown_names_are_errors(tmp_path: Path) -> None:
+    found = fixture.numbers(tmp_path, fixture.everything())
+    for task, model in (("partiy", "synapse"), ("parity", "mamba9")):
+        with pytest.raises(KeyError):
+            found.cell(task, model)
+    with pytest.raises(AttributeError):
+        _ = found.cell("parity").perplexity
+    with pytest.raises(KeyError):
+        found.core("no such figure")
+
+
+def test_every_result_says_where_it_comes_from() -> None:
+    for result in records.read(numbers.RESULTS):
+        assert not records.unsourced(result), result["file"]
+
+
+def test_a_result_without_its_origin_is_seen() -> None:
+    whole = record("s3", "synapse", 0, 1.0)
+    assert records.unsourced(whole) == []
+    assert records.unsourced({**whole, "commit": "", "config": {}}) == ["commit", "config"]
+    del whole["seed"]
+    assert records.unsourced(whole) == ["seed"]
+    assert records.unsourced({**whole, "seeds": [0, 1]}) == []
+
+
+def test_an_unfinished_experiment_says_nothing(tmp_path: Path) -> None:
+    report = fixture.memory()
+    (tmp_path / "memory.json").write_text(json.dumps(report))
+    assert fixture.numbers(tmp_path, []).memory == report
+    del report["models"]["none"]
+    (tmp_path / "memory.json").write_text(json.dumps(report))
+    assert fixture.numbers(tmp_path, []).memory is None

@@ -54,7 +54,8 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError("--task: name one or more, or all; --list shows them")
     if options.time:
         for task in tasks:
-            print(budget.measure(task, options.model, bf16=options.bf16)["step_seconds"])
+            for name, seconds in budget.measure(task, options.model, bf16=options.bf16)["step_seconds"].items():
+                print(f"{task} · {name}: {seconds:.3f} s a step")
         return
     cells = tuple(itertools.product(options.lr, options.weight_decay or (0.0,))) if options.lr else ()
     work = [(task, model) for task in tasks for model in options.model]

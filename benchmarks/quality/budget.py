@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.measure import ROOT, environment, interleaved
-from benchmarks.quality.models import build
+from benchmarks.quality.models import build, description
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.training import Trainer
 from recipes.malloc import keep_freed_memory
@@ -25,34 +24,26 @@ SPEEDS = ROOT / "paper" / "results" / "speed"
 ROUNDS = 8
 
 
-def step_seconds(task: str, models: Sequence[str], *, scale: str = "cpu", bf16: bool = False) -> dict[str, float]:
-    """Median seconds of a training step of each model, timed in turn."""
+def measure(task: str, models: Sequence[str], *, bf16: bool) -> dict[str, Any]:
+    """Times a training step of each model, in turn, and keeps the medians; `steps` reads them."""
     keep_freed_memory()
-    protocol = TASKS[task].protocols[scale]
+    protocol, seed = TASKS[task].protocols["cpu"], 0
     trainers = {}
     for name in models:
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         learner = build(name, task=TASKS[task], protocol=protocol)
-        trainers[name] = Trainer(learner, TASKS[task], protocol, seed=0, lr=1e-3, weight_decay=0.1, bf16=bf16)
+        trainers[name] = Trainer(learner, TASKS[task], protocol, seed=seed, lr=1e-3, weight_decay=0.1, bf16=bf16)
     times = interleaved({name: trainer.step for name, trainer in trainers.items()}, ROUNDS, "timing a step of each")
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def measure(task: str, models: Sequence[str], *, bf16: bool) -> dict[str, Any]:
-    """Times the models and keeps the record; `steps` reads it."""
-    threads = torch.get_num_threads()
-    file = SPEEDS / f"{task}.json"
+    file, place = SPEEDS / f"{task}.json", environment()
     record = {
         "task": task,
-        "step_seconds": step_seconds(task, models, bf16=bf16),
+        "step_seconds": {name: statistics.median(values) for name, values in times.items()},
         "bf16": bf16,
-        "threads": threads,
+        "threads": place["threads"],
         "rounds": ROUNDS,
-        "seed": 0,
-        "config": {name: name for name in models},
-        "taken": time.strftime("%Y-%m-%d"),
+        "seed": seed,
+        "config": {name: description(trainer.learner)["config"] for name, trainer in trainers.items()},
     }
-    place = environment()
     record |= {"commit": place.pop("commit"), "machine": place}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -144,6 +144,7 @@ def train(command: Command) -> bool:
     elif trainer.main:
         where = f"step {trainer.progress.step}, saved in {checkpoint.latest(trainer.out)}"
         print(f"\nStopped at {where}\nGo on with: {GO_ON} --out {trainer.out} --resume")
+    accelerator.wait_for_everyone()  # no process takes its connections down while another still works
     return finished
 
 

@@ -75,7 +75,7 @@ def perform(
 ) -> dict[str, Any]:
     """The record of a run: read if it is finished, gone on with if it was interrupted, or else made.
 
-    A record of the same name that comes from another configuration or another number of steps is made anew.
+    What was finished or begun under the same name by another configuration or number of steps is made anew.
 
     Args:
         run: what to train.
@@ -96,9 +96,11 @@ def perform(
         return known
     kept = unfinished / f"{run.path}.pt"
     if kept.exists():
-        trainer.restore(torch.load(kept, weights_only=True, map_location=device))
+        state = torch.load(kept, weights_only=True, map_location=device)
+        if state.pop("plan") == plan:
+            trainer.restore(state)
     with tqdm(total=trainer.steps, initial=trainer.progress.step, desc=str(run.path), leave=False) as bar:
-        trainer.run(partial(_show, bar), partial(_keep, trainer, kept))
+        trainer.run(partial(_show, bar), partial(_keep, trainer, plan, kept))
     record = _record(run, task, protocol, trainer, learner)
     record["machine"]["autocast"] = "bf16" if bf16 else "no"
     _write(results / f"{run.path}.json", record)
@@ -117,10 +119,10 @@ def _show(bar: Any, progress: Progress) -> None:
     bar.update(progress.step - bar.n)
 
 
-def _keep(trainer: Trainer, file: Path) -> None:
+def _keep(trainer: Trainer, plan: dict[str, Any], file: Path) -> None:
     """Atomic, so that being killed costs at most what came after the last test."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(trainer.state(), file.with_suffix(".tmp"))
+    torch.save({"plan": plan, **trainer.state()}, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").replace(file)
 
 

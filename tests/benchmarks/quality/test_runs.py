@@ -79,7 +79,12 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
         perform(RUN, **folders(tmp_path))
     monkeypatch.setattr(Trainer, "step", step)
     kept = tmp_path / "unfinished" / f"{RUN.path}.pt"
-    assert kept.exists()
+    other = torch.load(kept, weights_only=True)
+    other["plan"]["parameters"] += 1  # begun by another configuration: not gone on with
+    begun = tmp_path / "other" / "unfinished" / f"{RUN.path}.pt"
+    begun.parent.mkdir(parents=True)
+    torch.save(other | {"model": {}}, begun)
+    assert perform(RUN, **folders(tmp_path / "other"))["curve"] == whole["curve"]
     torch.manual_seed(99)
     record = perform(RUN, **folders(tmp_path))
     assert [entry[2] for entry in record["curve"]] == [entry[2] for entry in whole["curve"]]

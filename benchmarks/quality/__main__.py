@@ -29,7 +29,7 @@ from benchmarks.quality import budget, runs
 from benchmarks.quality.models import MODELS
 from benchmarks.quality.table import table
 from benchmarks.quality.tasks import TASKS
-from synapse_arch.errors import ConfigError, SynapseError
+from synapse_arch.errors import ConfigError, SynapseError, explain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuses what would be ignored or could not run."""
+    if not options.task:
+        raise ConfigError(explain("--task", "one or more tasks, or all", "none", "--list shows them"))
+    if options.jobs < 1:
+        raise ConfigError(explain("--jobs", "1 or more", options.jobs))
+    if options.seconds is not None and not options.seconds > 0:
+        raise ConfigError(explain("--seconds", "a positive number", options.seconds))
+    if options.weight_decay and not options.lr:
+        raise ConfigError(explain("--weight-decay", "--lr beside it", "none", "both replace the task's grid"))
+    if (options.time or options.seconds is not None) and (options.scale, options.device) != ("cpu", "cpu"):
+        got = f"--scale {options.scale} --device {options.device}"
+        raise ConfigError(explain("--time and --seconds", "the cpu scale on the cpu", got))
+
+
 def _run(options: argparse.Namespace) -> None:
-    tasks = list(TASKS) if options.task == ["all"] else options.task
-    if not tasks:
-        raise ConfigError("--task: name one or more, or all; --list shows them")
+    _check(options)
+    tasks = list(TASKS) if "all" in options.task else options.task
     if options.time:
         for task in tasks:
             for name, seconds in budget.measure(task, options.model, bf16=options.bf16)["step_seconds"].items():

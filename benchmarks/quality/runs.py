@@ -75,7 +75,7 @@ def perform(
 ) -> dict[str, Any]:
     """The record of a run: read if it is finished, gone on with if it was interrupted, or else made.
 
-    What was finished or begun under the same name by another configuration or number of steps is made anew.
+    What was finished or begun under the same name by another configuration, number of steps or precision is made anew.
 
     Args:
         run: what to train.
@@ -91,8 +91,10 @@ def perform(
         learner, task, protocol, seed=run.seed, lr=run.lr, weight_decay=run.weight_decay, steps=run.steps, bf16=bf16
     )
     known = run.known(results)
+    autocast = "bf16" if bf16 else "no"
     plan = json.loads(json.dumps(_plan(protocol, trainer, learner)))
-    if known is not None and all(known[key] == value for key, value in plan.items()):
+    plan["autocast"] = autocast
+    if known is not None and plan.items() <= {**known, "autocast": known["machine"]["autocast"]}.items():
         return known
     kept = unfinished / f"{run.path}.pt"
     if kept.exists():
@@ -102,7 +104,7 @@ def perform(
     with tqdm(total=trainer.steps, initial=trainer.progress.step, desc=str(run.path), leave=False) as bar:
         trainer.run(partial(_show, bar), partial(_keep, trainer, plan, kept))
     record = _record(run, task, protocol, trainer, learner)
-    record["machine"]["autocast"] = "bf16" if bf16 else "no"
+    record["machine"]["autocast"] = autocast
     _write(results / f"{run.path}.json", record)
     kept.unlink(missing_ok=True)
     return record

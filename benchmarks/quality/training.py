@@ -82,17 +82,19 @@ class Trainer:
             shown: called after every step, for a progress bar.
             save: called after every test.
         """
-        protocol = self.protocol
-        while self.progress.step < self.steps:
+        while not self._done():
             self.step()
             shown(self.progress)
-            if self.progress.step % protocol.eval_every == 0 or self.progress.step == self.steps:
-                score = self.score()
-                self.progress.curve.append([self.progress.step, _mean(self._losses), score])
+            if self.progress.step % self.protocol.eval_every == 0 or self.progress.step == self.steps:
+                self.progress.curve.append([self.progress.step, _mean(self._losses), self.score()])
                 self._losses = []
                 save()
-                if protocol.stop_at is not None and score >= protocol.stop_at:
-                    return
+
+    def _done(self) -> bool:
+        """Whether all steps are taken, or the last test was good enough."""
+        goal, curve = self.protocol.stop_at, self.progress.curve
+        tested = bool(curve) and curve[-1][0] == self.progress.step
+        return self.progress.step >= self.steps or (goal is not None and tested and curve[-1][2] >= goal)
 
     def step(self) -> None:
         """One optimizer step."""

@@ -63,6 +63,11 @@ def test_a_record_says_what_ran_and_is_not_made_twice(tiny: Task, tmp_path: Path
     ]
 
 
+def test_another_precision_is_another_run(tiny: Task, tmp_path: Path) -> None:
+    assert perform(RUN, **folders(tmp_path))["machine"]["autocast"] == "no"
+    assert perform(RUN, bf16=True, **folders(tmp_path))["machine"]["autocast"] == "bf16"
+
+
 def test_an_interrupted_run_goes_on_to_the_same_numbers(
     tiny: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +111,8 @@ def test_training_stops_where_the_protocol_says(tiny: Task) -> None:
     protocol = replace(tiny.protocols["cpu"], stop_at=0.0)
     trainer = Trainer(build("synapse", task=tiny, protocol=protocol), tiny, protocol, seed=0, lr=1e-3, weight_decay=0.0)
     trainer.run()
+    assert trainer.progress.step == protocol.eval_every
+    trainer.run()  # taken up again after it was good enough
     assert trainer.progress.step == protocol.eval_every
 
 
@@ -181,6 +188,14 @@ def test_command(tiny: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "--task" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         command.main(["--task", "nonsense"])
+    for wrong, named in (
+        (["--jobs", "0"], "--jobs"),
+        (["--seconds", "-1"], "--seconds"),
+        (["--weight-decay", "0.1"], "--weight-decay"),
+        (["--time", "--scale", "published"], "--time"),
+    ):
+        assert command.main(["--task", "parity", *wrong]) == 2
+        assert named in capsys.readouterr().err
     record = perform(RUN, **folders(tmp_path))
     assert command.main(["--table", "--results", str(tmp_path / "results")]) == 0
     assert f"{100 * record['score']:.1f}" in capsys.readouterr().out

@@ -178,7 +178,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "d_model": 768,
         "n_layers": 12,
-        "thalamus": {"mamba": "s6", "d_state": 16, "expand": 2, "noise": 0.1},
+        "thalamus": {"mamba": "s6", "d_state": 16, "noise": 0.1},
         "xlstm": {"d_hidden": 1536, "n_heads": 4, "qk_ratio": 1.0},
         "experts": {"n_experts": 8, "d_expert": 3072},
         "memory": {"n_heads": 8, "d_key": 64, "d_value": 64},

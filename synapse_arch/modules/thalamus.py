@@ -51,7 +51,7 @@ class ThalamusConfig:
     mamba: Literal["ssd", "s6"] | None = "ssd"
     context: bool = True
     d_state: int = 64
-    expand: int = 1
+    expand: int = 2
     d_conv: int = 4
     head_dim: int = 64
     n_groups: int = 1

@@ -205,7 +205,7 @@ def test_check_against_accepts_what_the_model_returns(model: SynapseModel) -> No
         ({"xlstm": None}, r"state\.layers\.0\.xlstm\.conv: expected a tensor, got none"),
         ({"experts": None}, r"state\.layers\.0\.thalamus\.coactivation: expected \(3, 4, 4\), got \(3, 0, 0\)"),
         (VARIANTS["router alone"], r"state\.layers\.0\.thalamus\.mamba\.conv: expected a tensor, got none"),
-        (VARIANTS["s6"], r"state\.layers\.0\.thalamus\.mamba\.conv: expected \(3, 3, 24\), got \(3, 3, 16\)"),
+        (VARIANTS["s6"], r"state\.layers\.0\.thalamus\.mamba\.conv: expected \(3, 3, 40\), got \(3, 3, 32\)"),
     ],
 )
 def test_check_against_names_what_differs(model: SynapseModel, changes: dict[str, object], message: str) -> None:

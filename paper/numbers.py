@@ -3,7 +3,8 @@
     results/runs/<task>/*.json    runs of benchmarks.quality, one a task, model, learning rate, weight decay and seed
     results/text/*.json           longer runs on bytes, of the same format, and what compressors reach on the same text
     results/speed/<task>.json     seconds of a training step of each model, by which equal times are made
-    results/<name>.json           other experiments, each as its benchmark wrote it: memory, routing
+    results/<name>.json           other experiments, each as its benchmark wrote it: memory, routing,
+                                  consolidation
 
 What was not run is None, and printed as such.
 """
@@ -85,6 +86,7 @@ class Numbers:
         if self.memory is not None and not self.memory["models"].keys() >= MEMORIES:
             self.memory = None  # it is written after every model; an unfinished one says nothing yet
         self.routing: Record | None = _optional(results / "routing.json")
+        self.consolidation: Record | None = _optional(results / "consolidation.json")
         self.bench = read(core)[0]
 
     def cell(self, task: str, model: str = OURS) -> Cell:

@@ -135,10 +135,14 @@ def _change(default: Cell, changed: Cell) -> str:
         return "–"
     gain = changed.median - default.median
     shown = fixed(gain, 3) if changed.bits else percent(gain)
-    signed = f"−{shown[1:]}" if shown.startswith("-") else f"+{shown}"
+    signed = _signed(shown)
     if len(changed.scores) == 1 or len(default.scores) == 1:
         return f"{signed}\\*"
     return f"**{signed}**" if default.ahead_of(changed) or changed.ahead_of(default) else signed
+
+
+def _signed(shown: str) -> str:
+    return f"−{shown[1:]}" if shown.startswith("-") else f"+{shown}"
 
 
 def bars(numbers: Numbers) -> str:
@@ -202,9 +206,21 @@ def routing(numbers: Numbers) -> str:
     return markdown(head, rows)
 
 
+def consolidation(numbers: Numbers) -> str:
+    """What pathways add to the bits per byte, a column a gain."""
+    report = numbers.consolidation
+    if report is None:
+        return ""
+    found = report["summary"]
+    rows = [[title, *(_signed(fixed(value, 4)) for value in found[key])] for key, title in PATHWAYS.items()]
+    rows.append(["tokens with other experts, percent", *map(percent, found["changed"])])
+    return markdown(["Pathways", *(plain(gain) for gain in report["gains"])], rows)
+
+
 MEMORIES = {"delta": "delta rule", "hebbian": "Hebbian", "none": "none"}
 STATES = {"full": "all", "memory_only": "the memory alone", "memory_cut": "all but the memory"}
 """What of a state answers, as the report names it and as the table does."""
+PATHWAYS = {"on": "where they belong", "misplaced": "between other experts"}
 TABLES: dict[str, Callable[[Numbers], str]] = {
     "protocol": protocol,
     "sizes": sizes,
@@ -214,6 +230,7 @@ TABLES: dict[str, Callable[[Numbers], str]] = {
     "ablations": ablations,
     "memory": memory,
     "routing": routing,
+    "consolidation": consolidation,
     "bars": bars,
 }
 """By the name that the template calls them."""

@@ -65,6 +65,10 @@ class Learner(nn.Module):
         if isinstance(body, SynapseModel):
             body.head = nn.Identity()  # type: ignore[assignment]
         self.head = Autoencoder(d_model, task.n_classes) if task.autoencodes else linear(d_model, task.n_classes)
+        if task.tied:
+            assert isinstance(self.head, nn.Linear)
+            self.head.weight = body.embedding.weight
+        self.scale = d_model**-0.5  # of tied logits: the embedding has unit variance, and they shall start there too
         self._load: Tensor | None = None
 
     def features(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +93,8 @@ class Learner(nn.Module):
             (B, T, n_classes), or (n, n_classes) at the True positions in order; and ().
         """
         x, auxiliary = self.features(ids)
+        if self.task.tied:
+            x = x * self.scale
         if isinstance(self.head, Autoencoder):
             logits = self.head(x)
             return logits if positions is None else logits[positions], auxiliary
@@ -116,6 +122,8 @@ def description(learner: Learner) -> dict[str, Any]:
         drawn = (make(1, torch.Generator()).ids.shape[1] for make in makers)
         state = body.state_numbers(max([*learner.test_lengths, *drawn]))
         config = body.config
+    if task.tied:  # what is looked up is multiplied with as well
+        idle -= body.embedding.weight.numel()
     return {"parameters": total, "active_parameters": total - idle, "state_numbers": state, "config": config}
 
 

@@ -90,6 +90,7 @@ class Task:
         metric: "micro" is the share of right answers; "macro" the mean over the classes of the share of their answers
             that were right; "bits" leaves the accuracy for bits a token.
         autoencodes: every token is to be rebuilt from the feature at the last position.
+        tied: the head uses the embedding's weights, as the task's authors have it.
         published: scores of others, in percent.
         description: one line.
         bar: the score to reach, in percent.
@@ -104,6 +105,7 @@ class Task:
     make_length: Callable[[int, torch.Generator, int], Batch] | None = None
     metric: Literal["micro", "macro", "bits"] = "micro"
     autoencodes: bool = False
+    tied: bool = False
     published: dict[str, float] = field(default_factory=dict)
     description: str
     bar: float | None = None

@@ -146,7 +146,7 @@ TASKS = (
         vocab_size=16,
         n_classes=16,
         make=compression,
-        protocols={"cpu": replace(_SHORT, steps=1500, eval_every=300), "published": _PUBLISHED},
+        protocols={"cpu": replace(_SHORT, steps=5000, eval_every=500), "published": _PUBLISHED},
         metric="macro",
         autoencodes=True,
         published={"Transformer": 51.6, "Mamba": 52.7, "DeltaNet": 42.2, "RWKV-7": 44.5},
@@ -160,7 +160,9 @@ TASKS = (
         make=selective_copy,
         make_length=selective_copy,
         protocols={
-            "cpu": replace(_SHORT, train_examples=None, steps=1500, train_length=96, test_lengths=(96,)),
+            "cpu": replace(
+                _SHORT, train_examples=None, steps=2200, eval_every=100, train_length=96, test_lengths=(96,)
+            ),
             "published": _PUBLISHED,
         },
         metric="macro",

@@ -65,8 +65,8 @@ def _task(length: int, pairs: int, published: dict[str, float], bar: float | Non
         make=partial(mqar, length=length, pairs=pairs),
         protocols={
             "cpu": Protocol(
-                train_examples=None, test_examples=500, batch_size=32, steps=1200, lrs=(3e-3, 1e-2),
-                weight_decays=(0.1,), d_model=64, n_layers=2, warmup=0.05, stop_at=0.99, eval_every=100,
+                train_examples=None, test_examples=500, batch_size=32, steps=1500, lrs=(3e-3, 1e-2),
+                weight_decays=(0.1,), d_model=64, n_layers=2, warmup=0.05, stop_at=0.995, eval_every=100,
             ),
             "published": Protocol(
                 train_examples=100_000, test_examples=3000, batch_size=batch_size, steps=64 * (100_000 // batch_size),
@@ -74,6 +74,7 @@ def _task(length: int, pairs: int, published: dict[str, float], bar: float | Non
                 stop_at=0.99, eval_every=100_000 // batch_size,
             ),
         },
+        tied=True,
         published=published,
         description=f"values of {pairs} keys given earlier, in {length} tokens out of {VOCAB} (Zoology)",
         bar=bar,

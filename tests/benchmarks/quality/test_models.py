@@ -243,3 +243,20 @@ def test_a_seed_is_a_model() -> None:
         torch.manual_seed(3)
         built.append(learner("mamba2").state_dict())
     assert all(torch.equal(built[0][key], built[1][key]) for key in built[0])
+
+
+@pytest.mark.parametrize("name", ["synapse", "mamba2"])
+def test_tied_heads_are_the_embedding_and_start_at_unit_scale(name: str) -> None:
+    torch.manual_seed(0)
+    free = learner(name, n_classes=VOCABULARY)
+    tied = learner(name, n_classes=VOCABULARY, tied=True)
+    assert isinstance(tied.head, nn.Linear)
+    assert tied.head.weight is tied.body.embedding.weight
+    batch = ids()
+    features, _ = tied.eval().features(batch)
+    expected = features @ tied.body.embedding.weight.T * features.shape[-1] ** -0.5
+    assert_close(tied(batch)[0], expected)
+    assert 0.3 < float(expected.detach().std()) < 3
+    one, other = description(free), description(tied)
+    assert one["parameters"] - other["parameters"] == tied.head.weight.numel()
+    assert one["active_parameters"] == other["active_parameters"]

@@ -53,7 +53,7 @@ def configuration(memory: MemoryConfig | None) -> SynapseConfig:
         vocab_size=VOCABULARY,
         d_model=128,
         n_layers=2,
-        thalamus=ThalamusConfig(head_dim=32, d_state=16, expand=1),
+        thalamus=ThalamusConfig(head_dim=32, d_state=16),
         xlstm=XLSTMConfig(n_heads=2),
         experts=ExpertsConfig(n_experts=4, d_expert=64),
         memory=memory,

@@ -94,7 +94,7 @@ TASKS = (
         make_length=s3,
         protocols={
             "cpu": Protocol(
-                train_examples=None, test_examples=256, batch_size=64, steps=2000, lrs=(3e-3,),
+                train_examples=None, test_examples=256, batch_size=64, steps=3000, lrs=(3e-3,),
                 weight_decays=(0.0,), d_model=128, n_layers=1, warmup=0.05, stop_at=0.999, eval_every=100,
                 train_length=32, test_lengths=(32, 128),
             ),

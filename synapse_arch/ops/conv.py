@@ -96,7 +96,10 @@ def _depthwise(before: Tensor, x: Tensor, taps: _Taps, segments: Tensor | None) 
 
 
 class _ShiftedSum(torch.autograd.Function):
-    """Depthwise convolution as W shifted multiply-adds; keeps its input only, and runs again for SiLU's gradient."""
+    """Depthwise convolution, by oneDNN where it can or else as W shifted multiply-adds.
+
+    Keeps its input only, and runs again for SiLU's gradient.
+    """
 
     @staticmethod
     def forward(
@@ -104,7 +107,7 @@ class _ShiftedSum(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(before, x, weight, bias, numbers)
         ctx.silu = silu
-        y = _shifted_sum(before, x, weight, bias, numbers)
+        y = _filtered(before, x, weight, bias, numbers)
         return F.silu(y, inplace=True) if silu else y
 
     @staticmethod
@@ -112,7 +115,9 @@ class _ShiftedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         before, x, weight, bias, numbers = ctx.saved_tensors
         if ctx.silu:
-            grad = torch.ops.aten.silu_backward(grad, _shifted_sum(before, x, weight, bias, numbers))
+            grad = torch.ops.aten.silu_backward(grad, _filtered(before, x, weight, bias, numbers))
+        if _by_onednn(x, numbers):
+            return (*_onednn_backward(before, x, weight, grad, ctx.needs_input_grad), None, None)
         wants_input, wants_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
         grad_before, grad_x = torch.zeros_like(before), grad * weight[:, -1]
         product = grad * x if wants_weight else None  # one buffer for the weight's gradient, tap after tap
@@ -130,6 +135,51 @@ class _ShiftedSum(torch.autograd.Function):
         grad_weight = torch.stack(columns, dim=1) if columns else None
         grad_bias = grad.sum((0, 1)) if ctx.needs_input_grad[3] else None
         return grad_before, grad_x, grad_weight, grad_bias, None, None
+
+
+LEAST_FOR_ONEDNN = 16
+"""Positions from which on oneDNN's convolution beats W shifted multiply-adds; by much, up to three times."""
+
+
+def _by_onednn(x: Tensor, numbers: Tensor | None) -> bool:
+    """Whether there is a library for it: oneDNN convolves float32 on CPUs, and knows no segments."""
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] >= LEAST_FOR_ONEDNN
+    return fits and numbers is None and torch.backends.mkldnn.is_available()
+
+
+def _filtered(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None) -> Tensor:
+    """(B, W-1, D) and (B, T, D) -> (B, T, D), the convolution without what follows it."""
+    if not _by_onednn(x, numbers):
+        return _shifted_sum(before, x, weight, bias, numbers)
+    y: Tensor = torch.convolution(_image(before, x), weight[:, None, None], bias, *_GEOMETRY, x.shape[2])
+    return y.squeeze(2).transpose(1, 2)
+
+
+def _onednn_backward(
+    before: Tensor, x: Tensor, weight: Tensor, grad: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of before, x, weight and bias."""
+    wanted = [needed[0] or needed[1], needed[2], needed[3]]
+    image, kernel = _image(before, x), weight[:, None, None]
+    output = grad.transpose(1, 2).unsqueeze(2)
+    grad_image, grad_kernel, grad_bias = torch.ops.aten.convolution_backward(
+        output, image, kernel, [len(weight)], *_GEOMETRY, x.shape[2], wanted
+    )
+    if grad_image is None:
+        grad_before = grad_x = None
+    else:
+        arrived = grad_image.squeeze(2).transpose(1, 2)
+        grad_before, grad_x = arrived[:, : before.shape[1]], arrived[:, before.shape[1] :]
+    return grad_before, grad_x, None if grad_kernel is None else grad_kernel[:, 0, 0], grad_bias
+
+
+_GEOMETRY = ([1, 1], [0, 0], [1, 1], False, [0, 0])
+"""Of a convolution: stride, padding, dilation, not transposed, output padding."""
+
+
+def _image(before: Tensor, x: Tensor) -> Tensor:
+    """(B, D, 1, W-1+T) in which the channels lie side by side, as oneDNN likes images."""
+    return torch.cat([before, x], dim=1).transpose(1, 2).unsqueeze(2)
 
 
 def _shifted_sum(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None) -> Tensor:

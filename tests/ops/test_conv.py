@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import ConfigError, ShapeError, StateError
-from synapse_arch.ops import causal_conv1d
+from synapse_arch.ops import causal_conv1d, conv
 from tests.helpers import Tensors, assert_same, measure
 
 
@@ -89,3 +89,26 @@ def test_a_frozen_kernel_gets_no_gradient_and_changes_no_other() -> None:
     (frozen,) = torch.autograd.grad(causal_conv1d(x, weight, activation="silu")[0].sum(), x)
     (trained,) = torch.autograd.grad(causal_conv1d(x, weight.requires_grad_(), activation="silu")[0].sum(), x)
     assert torch.equal(frozen, trained)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("length", [15, 16, 17, 70])
+def test_onednn_equals_the_shifted_sum(length: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In outputs, states and every gradient, also those that are asked for alone."""
+    drawn = {"x": torch.randn(3, length, 24), "weight": torch.randn(24, 4), "state": torch.randn(3, 3, 24)}
+    if bias:
+        drawn["bias"] = torch.randn(24)
+
+    def run(z: Tensors) -> Tensors:
+        return dict(zip(("y", "state"), causal_conv1d(**z, activation="silu"), strict=True))
+
+    fast = measure(run, drawn)
+    alone = torch.autograd.grad(run({**drawn, "weight": drawn["weight"].requires_grad_()})["y"].sum(), drawn["weight"])
+    drawn["weight"].requires_grad_(False)
+    assert conv._by_onednn(drawn["x"], None) == (
+        length >= conv.LEAST_FOR_ONEDNN and torch.backends.mkldnn.is_available()
+    )
+    monkeypatch.setattr(conv, "LEAST_FOR_ONEDNN", length + 1)
+    assert_same(fast, measure(run, drawn))
+    slow = torch.autograd.grad(run({**drawn, "weight": drawn["weight"].requires_grad_()})["y"].sum(), drawn["weight"])
+    torch.testing.assert_close(alone, slow)

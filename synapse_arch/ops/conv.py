@@ -152,25 +152,26 @@ def _filtered(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, nu
     if not _by_onednn(x, numbers):
         return _shifted_sum(before, x, weight, bias, numbers)
     y: Tensor = torch.convolution(_image(before, x), weight[:, None, None], bias, *_GEOMETRY, x.shape[2])
-    return y.squeeze(2).transpose(1, 2)
+    return _sequence(y)
 
 
 def _onednn_backward(
     before: Tensor, x: Tensor, weight: Tensor, grad: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of before, x, weight and bias."""
-    wanted = [needed[0] or needed[1], needed[2], needed[3]]
-    image, kernel = _image(before, x), weight[:, None, None]
-    output = grad.transpose(1, 2).unsqueeze(2)
-    grad_image, grad_kernel, grad_bias = torch.ops.aten.convolution_backward(
-        output, image, kernel, [len(weight)], *_GEOMETRY, x.shape[2], wanted
-    )
-    if grad_image is None:
-        grad_before = grad_x = None
-    else:
-        arrived = grad_image.squeeze(2).transpose(1, 2)
-        grad_before, grad_x = arrived[:, : before.shape[1]], arrived[:, before.shape[1] :]
-    return grad_before, grad_x, None if grad_kernel is None else grad_kernel[:, 0, 0], grad_bias
+    """Gradients of before, x, weight and bias; that of a depthwise kernel is faster by products than by oneDNN."""
+    grad_before = grad_x = grad_weight = None
+    image = _image(before, x)
+    if needed[0] or needed[1]:
+        output, kernel = grad.transpose(1, 2).unsqueeze(2), weight[:, None, None]
+        arrived = torch.ops.aten.convolution_backward(
+            output, image, kernel, None, *_GEOMETRY, x.shape[2], [True, False, False]
+        )[0]
+        grad_before, grad_x = _sequence(arrived).split([before.shape[1], x.shape[1]], dim=1)
+    if needed[2]:
+        read, product = _sequence(image), torch.empty_like(grad)
+        taps = (torch.mul(grad, read[:, w : w + x.shape[1]], out=product) for w in range(weight.shape[1]))
+        grad_weight = torch.stack([tap.sum((0, 1)) for tap in taps], dim=1)
+    return grad_before, grad_x, grad_weight, grad.sum((0, 1)) if needed[3] else None
 
 
 _GEOMETRY = ([1, 1], [0, 0], [1, 1], False, [0, 0])
@@ -180,6 +181,11 @@ _GEOMETRY = ([1, 1], [0, 0], [1, 1], False, [0, 0])
 def _image(before: Tensor, x: Tensor) -> Tensor:
     """(B, D, 1, W-1+T) in which the channels lie side by side, as oneDNN likes images."""
     return torch.cat([before, x], dim=1).transpose(1, 2).unsqueeze(2)
+
+
+def _sequence(image: Tensor) -> Tensor:
+    """(B, D, 1, T) -> (B, T, D), the same memory."""
+    return image.squeeze(2).transpose(1, 2)
 
 
 def _shifted_sum(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None) -> Tensor:

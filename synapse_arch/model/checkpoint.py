@@ -97,7 +97,7 @@ def from_pretrained(
 
     folder = Path(directory)
     try:
-        files = _open(folder)
+        files = open_weights(folder)
     except OSError as cause:
         raise CheckpointError(explain(str(folder), "a readable folder", f"{type(cause).__name__}: {cause}")) from cause
     config = _agreed_config(folder, files)
@@ -210,7 +210,7 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(distinct.values())
 
 
-def _open(folder: Path) -> list[TensorFile]:
+def open_weights(folder: Path) -> list[TensorFile]:
     """The weights files that count, opened."""
     if not folder.is_dir():
         got = "a file" if folder.exists() else "nothing there"

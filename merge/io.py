@@ -6,16 +6,19 @@ Tensors are read into memory of their own rather than mapped, so what was read a
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from merge.vectors import Given
 from synapse_arch.errors import CheckpointError, explain
 from synapse_arch.model._files import TensorFile
 from synapse_arch.model.checkpoint import open_weights
@@ -61,8 +64,13 @@ class Source(Tensors, Protocol):
         """The weights files it is read from."""
         ...
 
-    def delta(self, name: str) -> Tensor | None:
-        """The tensor's task vector in float32 where the model knows it exactly (an adapter), else None."""
+    def given(self, name: str, base: Tensor) -> Given:
+        """What it contributes to a tensor: its own, or its task vector where it knows that exactly (an adapter).
+
+        Args:
+            name: of the tensor.
+            base: the base's tensor of that name, not to be changed; may be returned where nothing differs from it.
+        """
         ...
 
 
@@ -93,22 +101,25 @@ class Checkpoint:
                 shards, or a dtype that is not known.
         """
         self.label, self.path = str(path), Path(path)
-        opened = [TensorFile(self.path, error=CheckpointError)] if self.path.is_file() else open_weights(self.path)
+        is_file = self.path.is_file()
+        opened = [TensorFile(self.path, error=CheckpointError)] if is_file else open_weights(self.path)
         self.files: tuple[Path, ...] = tuple(file.path for file in opened)
         self.metadata: dict[str, str] = dict(opened[0].metadata)
         self._places: dict[str, _Place] = {}
-        for path_ in self.files:
-            self._places |= _places(path_)
+        for file in self.files:
+            self._places |= _places(file)
+        self._shapes = {name: place.shape for name, place in self._places.items()}
+        self._dtypes = {name: place.dtype for name, place in self._places.items()}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor, by name."""
-        return {name: place.shape for name, place in self._places.items()}
+        return self._shapes
 
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]:
         """The dtype of every tensor, by name."""
-        return {name: place.dtype for name, place in self._places.items()}
+        return self._dtypes
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, read.
@@ -116,24 +127,78 @@ class Checkpoint:
         Raises:
             CheckpointError: the file has become shorter or unreadable since it was opened.
         """
+        (tensor,) = self.pieces(name, [slice(0, math.prod(self.shapes[name]))])
+        return tensor.view(self.shapes[name])
+
+    def pieces(self, name: str, pieces: Sequence[slice]) -> list[Tensor]:
+        """Parts of a tensor, read: slices of its numbers in order, each with a start and a stop.
+
+        Raises:
+            CheckpointError: the file has become shorter or unreadable since it was opened.
+        """
         place = self._places[name]
-        raw = torch.empty(math.prod(place.shape) * place.dtype.itemsize, dtype=torch.uint8)
+        read = []
         try:
             with place.file.open("rb", buffering=0) as file:
-                file.seek(place.offset)
-                view, filled = memoryview(raw.numpy()), 0
-                while filled < len(view):
-                    count = file.readinto(view[filled:])
-                    if not count:
-                        raise EOFError(f"{len(view) - filled} bytes are missing")
-                    filled += count
+                for piece in pieces:
+                    raw = torch.empty((piece.stop - piece.start) * place.dtype.itemsize, dtype=torch.uint8)
+                    _fill(file, place.offset + piece.start * place.dtype.itemsize, raw.numpy().data)
+                    read.append(raw.view(place.dtype) if len(raw) else torch.empty(0, dtype=place.dtype))
         except (OSError, EOFError) as cause:
             got = f"{type(cause).__name__}: {cause}"
             raise CheckpointError(explain(f"{place.file}: {name}", "a tensor", got, "copy the file again")) from cause
-        return raw.view(place.dtype).view(place.shape) if raw.numel() else torch.empty(place.shape, dtype=place.dtype)
+        return read
 
-    def delta(self, name: str) -> None:
-        """None: whole models know no task vectors."""
+    def given(self, name: str, base: Tensor) -> Tensor:
+        """The tensor; the base does not matter."""
+        return self.tensor(name)
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """A model whose tensors are read through another: `tensors` has its names and shapes. It is a `Source`."""
+
+    model: Source
+    tensors: Tensors
+
+    @property
+    def label(self) -> str:
+        """The model's."""
+        return self.model.label
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The model's."""
+        return self.model.files
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The model's."""
+        return self.model.shapes
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The model's."""
+        return self.model.dtypes
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as `tensors` has it."""
+        return self.tensors.tensor(name)
+
+    def given(self, name: str, base: Tensor) -> Tensor:
+        """The same; the base does not matter."""
+        return self.tensors.tensor(name)
+
+
+def _fill(file: io.FileIO, offset: int, memory: memoryview) -> None:
+    """Reads as many bytes as the memory has, from an offset on."""
+    file.seek(offset)
+    filled = 0
+    while filled < len(memory):
+        count = file.readinto(memory[filled:])
+        if not count:
+            raise EOFError(f"{len(memory) - filled} bytes are missing")
+        filled += count
 
 
 def _places(path: Path) -> dict[str, _Place]:

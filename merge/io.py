@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,13 +217,24 @@ def _places(path: Path) -> dict[str, _Place]:
     }
 
 
-def sha256(files: tuple[Path, ...]) -> str:
-    """The SHA-256 of a file, or of the hashes of several in order of their names; of one file as sha256sum says it."""
+def sha256(files: tuple[Path, ...], stop: threading.Event) -> str:
+    """The SHA-256 of a file, or of the hashes of several in order of their names; of one file as sha256sum says it.
+
+    Args:
+        files: to read.
+        stop: gives up when it is set; the answer is then nothing to rely on.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
     digests = []
     for path in sorted(files, key=lambda path: path.name):
         digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(_HASHED_AT_A_TIME):
-                digest.update(block)
+        try:
+            with path.open("rb", buffering=0) as file:
+                while not stop.is_set() and (block := file.read(_HASHED_AT_A_TIME)):
+                    digest.update(block)
+        except OSError as cause:
+            raise CheckpointError(explain(str(path), "a readable file", f"{type(cause).__name__}: {cause}")) from cause
         digests.append(digest.hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

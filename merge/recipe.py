@@ -60,6 +60,10 @@ class Override:
 
     def __post_init__(self) -> None:
         _check_numbers(self, f"override {self.pattern!r}: ")
+        if not isinstance(self.pattern, str) or not isinstance(self.skip, bool):
+            raise ConfigError(
+                explain("override", "a pattern, and true or false for skip", f"{self.pattern}, {self.skip}")
+            )
         whole = [self.skip, self.copy is not None, self.density is not None or self.weights is not None]
         if sum(whole) != 1:
             expected = "skip, or copy, or density and weights"
@@ -116,8 +120,11 @@ class Recipe:
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.models:
-            raise ConfigError(explain("models", "one or more", "none"))
+        texts = (*self.models, *(one for one in (self.base, self.method, self.calibration) if one is not None))
+        if not self.models or not all(isinstance(one, str) for one in texts):
+            raise ConfigError(explain("models, base, method, calibration", "one model or more, and texts", list(texts)))
+        if not isinstance(self.parameters, Mapping):
+            raise ConfigError(explain("parameters", "a mapping of names to values", self.parameters))
         _check_numbers(self, "")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -131,7 +138,7 @@ class Recipe:
                     expected = f"1 value or {len(self.models)}, one a model"
                     raise ConfigError(explain(name, expected, f"{len(values)}: {list(values)}"))
         for override in self.overrides:
-            if override.copy is not None and not 0 <= override.copy < len(self.models):
+            if override.copy is not None and override.copy not in range(len(self.models)):
                 expected = f"a model's place, 0 to {len(self.models) - 1}"
                 raise ConfigError(explain(f"override {override.pattern!r}: copy", expected, override.copy))
         if (self.align == "activations") != (self.calibration is not None):

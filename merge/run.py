@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -282,23 +283,26 @@ def merge(
     ]
     check_room(out, sum(entry.bytes for entry in entries))
     lineage = Lineage(tuple(model.label for model in inputs.models))
+    stop = threading.Event()
     with whole_folder(out) as folder, ThreadPoolExecutor(1) as pool:
-        digests = [pool.submit(sha256, source.files) if hashes else None for _, source in roles]
+        digests = [pool.submit(sha256, source.files, stop) if hashes else None for _, source in roles]
         try:
-            tensors = stream(recipe, inputs, lineage=lineage, progress=progress)
+            seeing = lineage if recipe.base is not None else None
+            tensors = stream(recipe, inputs, lineage=seeing, progress=progress)
             write_weights(folder, entries, tensors, inputs.base.metadata, max_shard_bytes=max_shard_bytes)
             if not trust_base:
                 lineage.check()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
             raise
-        notes = (*config_notes(inputs.base, inputs.models), *lineage.notes())
+        notes = (*config_notes(inputs.base, inputs.models), *(lineage.notes() if recipe.base is not None else ()))
+        distances = lineage.distances if recipe.base is not None else {}
         copy_companions(inputs.base.path, folder)
         rows = [
             (role, source.label, digest.result() if digest else None)
             for (role, source), digest in zip(roles, digests, strict=True)
         ]
-        write_text(folder / "README.md", model_card(recipe, used_settings(recipe), rows, lineage.distances, notes))
+        write_text(folder / "README.md", model_card(recipe, used_settings(recipe), rows, distances, notes))
     return notes
 
 

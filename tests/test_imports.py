@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("synapse_arch", "recipes")
+PACKAGES = ("synapse_arch", "recipes", "merge")
 BASE = {"torch", "einops", "safetensors"}
 TRAIN = BASE | {"accelerate", "tqdm"}
-OPTIONAL = ("accelerate", "datasets", "fastapi", "hypothesis", "peft", "pytest", "tqdm", "transformers")
+MERGE = BASE | {"numpy"}  # which safetensors[torch] brings along
+OPTIONAL = (
+    "accelerate", "datasets", "fastapi", "hypothesis", "matplotlib", "mergekit", "optuna", "peft", "pytest", "scipy",
+    "tqdm", "transformers", "yaml",
+)  # fmt: skip
 
 # A part of the code, and the parts it may import besides itself. The longest name that fits a module is its part.
 RECORDS = {f"synapse_arch.introspection.{name}" for name in ("records", "analysis", "report")}
@@ -27,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["synapse_arch.modules"] = {"synapse_arch.introspection", *ALLOWED["synapse_arch.introspection"]}
 ALLOWED["synapse_arch.model"] = {"synapse_arch.modules", *ALLOWED["synapse_arch.modules"]}
 ALLOWED["synapse_arch"] = set(ALLOWED)
-ALLOWED["recipes"] = set(ALLOWED)
+ALLOWED["recipes"] = ALLOWED["merge"] = set(ALLOWED)
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in PACKAGES
@@ -72,7 +76,7 @@ def test_imports_point_one_way(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_only_declared_dependencies_are_imported(module: str) -> None:
-    allowed = TRAIN if module.startswith("recipes") else BASE
+    allowed = {"recipes": TRAIN, "merge": MERGE}.get(module.split(".")[0], BASE)
     for name in imports(module, MODULES[module], top=True):
         root = name.split(".")[0]
         assert root in sys.stdlib_module_names or root in PACKAGES or root in allowed, f"{module} imports {name}"
@@ -83,7 +87,7 @@ def test_importing_the_package_pulls_in_no_optional_package() -> None:
     code = f"""
 import sys, torch, einops, safetensors.torch
 before = set(sys.modules)
-import synapse_arch, recipes.data, recipes.optim
+import synapse_arch, recipes.data, recipes.optim, merge.cli
 print(sorted(set({OPTIONAL!r}) & (set(sys.modules) - before)))
 """
     command = [sys.executable, "-W", "error", "-c", code]

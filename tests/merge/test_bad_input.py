@@ -1,0 +1,234 @@
+"""What is refused: a clear line, the inputs as they were, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from merge import run, writer
+from merge.cli import main
+from merge.io import Checkpoint
+from tests.merge.folders import assert_same_tensors, left_over, merging, weights
+from tests.model.small import small_model
+
+pytestmark = pytest.mark.usefixtures("inside")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def broken(name: str, change: Callable[[dict[str, Tensor]], object]) -> str:
+    tensors = weights("b")
+    change(tensors)
+    Path(name).mkdir()
+    save_file(tensors, f"{name}/model.safetensors", metadata=Checkpoint("b").metadata)
+    return name
+
+
+def pickled() -> str:
+    Path("pickle").mkdir()
+    torch.save({}, "pickle/pytorch_model.bin")
+    return "pickle"
+
+
+def truncated() -> str:
+    Path("short").mkdir()
+    content = Path("b/model.safetensors").read_bytes()
+    Path("short/model.safetensors").write_bytes(content[:-100])
+    return "short"
+
+
+def renamed(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors)[:12]:
+        tensors[f"other.{name}"] = tensors.pop(name)
+
+
+W_IN = "layers.1.experts.w_in"
+BAD: dict[str, tuple[Callable[[], str], str]] = {
+    "other names": (lambda: broken("x", renamed), "12 missing ['"),
+    "other shapes": (lambda: broken("x", lambda t: t.update({W_IN: t[W_IN][:2]})), f"1 others ['{W_IN} ("),
+    "integers for floats": (
+        lambda: broken("x", lambda t: t.update({W_IN: t[W_IN].int()})),
+        "floats where the base has",
+    ),
+    "other integers": (
+        lambda: broken("x", lambda t: t.update({"layers.0.experts.expert_ids": t["layers.0.experts.expert_ids"] + 1})),
+        "x: layers.0.experts.expert_ids: expected the torch.int64 values of the base",
+    ),
+    "NaN": (
+        lambda: broken("x", lambda t: t[W_IN].view(-1)[3:5].fill_(float("nan"))),
+        f"x: {W_IN}: expected finite numbers, got 2 of",
+    ),
+    "infinite": (
+        lambda: broken("x", lambda t: t["norm.weight"].view(-1)[0].fill_(-float("inf"))),
+        "x: norm.weight: expected finite",
+    ),
+    "pickle": (pickled, "never loaded"),
+    "truncated": (truncated, "the file is truncated"),
+    "nothing there": (lambda: "nowhere", "nowhere: expected a checkpoint folder, got nothing there"),
+}
+
+
+def fails(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2, one line that says it, nothing written, nothing changed."""
+    before = {path: path.read_bytes() for name in ("base", "a", "b", "c") for path in Path(name).iterdir()}
+    capsys.readouterr()
+    assert main([*words, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert left_over() == []
+    for path, content in before.items():
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_models(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    make, message = BAD[case]
+    fails(["--base", "base", "--models", "a", make(), "--out", "out"], message, capsys)
+
+
+def test_models_of_another_base(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two models share an embedding that this base has otherwise: neither was trained from it."""
+    torch.manual_seed(9)
+    small_model().save_pretrained("stranger")
+    message = "a and b agree bit by bit in 1 tensors that it has otherwise: ['embedding.weight']"
+    fails(["--base", "stranger", "--models", "a", "b", "--out", "out"], message, capsys)
+    assert merging("--trust-base", base="stranger", models="ab") == 0
+    notes = capsys.readouterr().err
+    assert notes.count("times the base's norm away from the base") == 2
+    assert "times the base's norm" in Path("out/README.md").read_text()
+
+
+def test_models_whose_configuration_differs_are_remarked(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("a", "odd")
+    config = json.loads(Path("odd/config.json").read_text())
+    Path("odd/config.json").write_text(json.dumps(config | {"norm_eps": 0.5}))
+    assert main(["--base", "base", "--models", "odd", "b", "--out", "out", "--quiet"]) == 0
+    assert "note: the configuration of odd differs from the base's in norm_eps" in capsys.readouterr().err
+
+
+OPTIONS: dict[str, tuple[list[str], str]] = {
+    "no models": (["--base", "base"], "--models: expected one or more paths"),
+    "no base": (["--models", "a", "b"], "base: expected a checkpoint"),
+    "no out": (["--base", "base", "--models", "a", "b"], "--out: expected a folder"),
+    "method": (["--base", "base", "--models", "a", "--method", "tise"], "did you mean ties?"),
+    "ignored": (
+        ["--base", "base", "--models", "a", "--method", "linear", "--density", "0.5"],
+        "density with method linear",
+    ),
+    "density": (["--base", "base", "--models", "a", "--density", "0"], "density: expected above 0, up to 1, got 0.0"),
+    "count": (["--base", "base", "--models", "a", "b", "--weights", "1", "2", "3"], "weights: expected 1 value or 2"),
+    "pattern": (["--base", "base", "--models", "a", "b", "--override", "hed.*", "skip"], "got ['hed.*']"),
+    "override": (["--base", "base", "--models", "a", "--override", "head.*", "drop"], "expected skip, copy=MODEL"),
+    "copy": (["--base", "base", "--models", "a", "--override", "head.*", "copy=1"], "a model's place, 0 to 0"),
+    "recipe": (["--recipe", "r.json"], "r.json: expected a readable recipe"),
+    "calibration": (
+        ["--base", "base", "--models", "a", "--align-experts", "activations"],
+        "calibration: expected a text",
+    ),
+    "mergekit": (["--base", "base", "--models", "a", "--method", "mergekit:tise"], "mergekit:NAME with one of"),
+    "input": (["--base", "base", "--models", "a", "--overwrite", "--out", "a"], "apart from the inputs"),
+    "inside": (["--base", "base", "--models", "a", "--out", "a/merged"], "apart from the inputs"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_bad_options(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, message = OPTIONS[case]
+    if case == "mergekit":
+        pytest.importorskip("mergekit", reason="mergekit is not installed")
+    out = [] if case in ("no out", "input", "inside") else ["--out", "out"]
+    fails([*words, *out], message, capsys)
+
+
+def test_an_output_that_is_there_is_kept_or_replaced_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert merging("--density", "1") == 0
+    first = weights("out")
+    assert merging() == 2
+    assert "name another, or --overwrite" in capsys.readouterr().err
+    assert_same_tensors(weights("out"), first)
+    assert merging("--overwrite") == 0
+    assert not torch.equal(weights("out")["head.weight"], first["head.weight"])
+    assert left_over() == ["out"]
+    Path("notes").mkdir()
+    Path("notes/diary.txt").write_text("mine")
+    assert merging("--overwrite", out="notes") == 2
+    assert Path("notes/diary.txt").read_text() == "mine"
+
+
+def test_no_room_is_said_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    fails(["--base", "base", "--models", "a", "--out", "out"], "make room", capsys)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = []
+
+    def full(file: Any, tensor: Tensor) -> None:
+        written.append(1)
+        if len(written) == 5:
+            raise OSError(28, "No space left on device")
+        file.write(bytes(8))
+
+    monkeypatch.setattr(writer, "_write", full)
+    fails(["--base", "base", "--models", "a", "--out", "out"], "No space left on device", capsys)
+
+
+def test_ctrl_c_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert merging("--density", "1") == 0
+    first = weights("out")
+    monkeypatch.setattr(run, "check_finite", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert merging("--overwrite") == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert_same_tensors(weights("out"), first)
+    assert left_over() == ["out"]
+
+
+SLOW = """
+import sys, time
+from merge import run
+from merge.cli import main
+whole = run.check_finite
+def slowly(*arguments):
+    time.sleep(0.2)
+    whole(*arguments)
+run.check_finite = slowly
+sys.exit(main(["--base", "base", "--models", "a", "b", "--out", "out", "--quiet"]))
+"""
+
+
+def test_killed_in_the_middle() -> None:
+    """SIGTERM leaves nothing; SIGKILL leaves no output, and what lies beside it is gone with the next merge."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SLOW], env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in "12"
+    ]
+    deadline = time.monotonic() + 300
+    while len(list(Path().glob(".synapse-merge-out-*/model.safetensors"))) < 2:
+        assert time.monotonic() < deadline, "neither began to write"
+        time.sleep(0.05)
+    processes[0].send_signal(signal.SIGTERM)
+    assert processes[0].wait(60) == 128 + signal.SIGTERM
+    assert len(left_over()) == 1
+    processes[1].kill()
+    processes[1].wait(60)
+    assert [name.startswith(".synapse-merge-out-") for name in left_over()] == [True]
+    assert merging() == 0
+    assert left_over() == ["out"]

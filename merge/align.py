@@ -25,11 +25,11 @@ from synapse_arch import ExpertPool, SynapseModel
 from synapse_arch.errors import BackendUnavailable, ShapeError, explain
 
 _SEPARATE = re.compile(r"(?P<pool>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)")
-_STACKED = (
+_STACKED: tuple[tuple[re.Pattern[str], tuple[int, ...]], ...] = (
     (re.compile(r"(?P<pool>.+)\.experts\.(w_in|w_out)"), (0,)),
     (re.compile(r"(?P<pool>.+)\.experts\.(gate_up_proj|down_proj)(_bias)?"), (0,)),
 )
-_ROUTING = (
+_ROUTING: tuple[tuple[re.Pattern[str], tuple[int, ...]], ...] = (
     (re.compile(r"(?P<pool>.+)\.thalamus\.(router\.weight|router_bias)"), (0,)),
     (re.compile(r"(?P<pool>.+)\.thalamus\.pathways"), (0, 1)),
     (re.compile(r"(?P<pool>.+)\.(gate|router)\.(weight|bias|e_score_correction_bias)"), (0,)),

@@ -1,0 +1,386 @@
+"""Settings of a merge chosen on held-out text: python -m merge.search --recipe r.yaml --data held_out.
+
+Every candidate is merged in memory and reads the text as `recipes.evaluation.held_out_bits` does; what counts is the
+mean over the texts of bits per byte, so each kind of text counts alike. The base, each specialist and their average are
+read beside them. Every trial is kept as a line of trials.jsonl when it ends: a search that was stopped goes on, and a
+wider one tries only what is new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from merge.methods import METHODS
+from merge.recipe import Recipe
+from merge.run import open_inputs, stream
+from recipes.data import Document, load_corpus, to_stream
+from recipes.evaluation import held_out_bits
+from synapse_arch import SynapseModel
+from synapse_arch.errors import BackendUnavailable, ConfigError, SynapseError, explain
+
+LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+DENSITIES = (0.1, 0.2, 0.5, 1.0)
+TRIALS, BEST, TABLE, TEXT = "trials.jsonl", "best.yaml", "search.json", "search.md"
+TRIED = ("density", "lambda")
+EXAMPLES = """examples:
+  python -m merge.search --recipe merge.yaml --data held_out.txt --out search
+  python -m merge.search --recipe merge.yaml --data code.txt prose.txt --test code2.txt prose2.txt --out search
+  python -m merge.search --recipe merge.yaml --data text/ --methods ties task_arithmetic --lambdas 0.5 1 --out search
+  python -m merge.search --recipe merge.yaml --data text/ --optuna 40 --out search
+
+Then merge: python -m merge.ties --recipe search/best.yaml --out merged
+"""
+
+
+def read_text(path: Path) -> Tensor:
+    """A text file, or every text file of a folder, as one stream of ids (n,) uint8.
+
+    Raises:
+        DataError: nothing there, or no text.
+    """
+    if path.is_file():
+        corpus = load_corpus(path)  # refuses what is no text
+        (document,) = {part.name.rpartition("[")[0] for part in corpus.train}
+        return to_stream([Document(name=document, data=corpus.train[0].data + corpus.held_out[0].data)])
+    corpus = load_corpus(path)
+    return to_stream(sorted((*corpus.train, *corpus.held_out), key=lambda one: one.name))
+
+
+@dataclass
+class Judge:
+    """Reads texts with models of one configuration.
+
+    Attributes:
+        texts: streams by name.
+        model: takes the weights of every candidate in turn.
+    """
+
+    texts: Mapping[str, Tensor]
+    model: SynapseModel
+
+    def bits(self, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, float]:
+        """Bits per byte of each text, with these weights."""
+        slots = self.model.state_dict()
+        for name, tensor in tensors:
+            slots[name].copy_(tensor)
+        return {name: held_out_bits(self.model, text).per_byte for name, text in self.texts.items()}
+
+
+@dataclass
+class Search:
+    """Candidates of one recipe and what they came to.
+
+    Attributes:
+        recipe: models and everything that is not tried.
+        judge: reads the texts.
+        out: folder of the records.
+        trials: what was tried, by the candidate's key.
+    """
+
+    recipe: Recipe
+    judge: Judge
+    out: Path
+    trials: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def load(self) -> None:
+        """Takes over the trials of an earlier search in the same folder.
+
+        Raises:
+            ConfigError: they are of another recipe or other texts.
+        """
+        path = self.out / TRIALS
+        if not path.exists():
+            return
+        head, *lines = path.read_text(encoding="utf-8").splitlines()
+        if json.loads(head) != self._head():
+            remedy = "name another --out, or remove it"
+            raise ConfigError(explain(str(path), "trials of this recipe and these texts", "others", remedy))
+        self.trials = {key(trial["candidate"]): trial for trial in map(json.loads, lines)}
+
+    def _head(self) -> dict[str, Any]:
+        fixed = {name: value for name, value in self.recipe.to_dict().items() if name not in ("method", *TRIED)}
+        sums = {name: [len(text), int(text.long().sum())] for name, text in self.judge.texts.items()}
+        head: dict[str, Any] = json.loads(json.dumps({"recipe": fixed, "texts": sums}))
+        return head
+
+    def attempt(self, candidate: Mapping[str, Any]) -> float:
+        """Mean bits per byte of a candidate, from the records if it was tried before."""
+        known = self.trials.get(key(candidate))
+        if known is None:
+            known = {"candidate": dict(candidate), "bits": self.judge.bits(self.tensors(candidate))}
+            known["mean"] = sum(known["bits"].values()) / len(known["bits"])
+            self.trials[key(candidate)] = known
+            self._append(known)
+        return float(known["mean"])
+
+    def _append(self, trial: Mapping[str, Any]) -> None:
+        path = self.out / TRIALS
+        self.out.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            if not file.tell():
+                file.write(json.dumps(self._head()) + "\n")
+            file.write(json.dumps(trial) + "\n")
+
+    def tensors(self, candidate: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """The weights of a candidate: {"model": place}, {"base": True}, or settings of a merge."""
+        if "method" in candidate:
+            recipe = self.merging(candidate)
+            return stream(recipe, open_inputs(recipe))
+        inputs = open_inputs(replace(self.recipe, align=None, calibration=None))
+        source = inputs.base if candidate.get("base") else inputs.models[candidate["model"]]
+        return ((name, source.tensor(name)) for name in source.shapes)
+
+    def merging(self, candidate: Mapping[str, Any]) -> Recipe:
+        """The recipe of a candidate; what its method does not know is left out."""
+        values = self.recipe.to_dict()
+        uses = METHODS[candidate["method"]].uses
+        for name in ("density", "lambda", "election", "normalize", "trim", "epsilon", "gamma", "seed"):
+            if ("lam" if name == "lambda" else name) not in uses:
+                values.pop(name, None)
+        return Recipe.from_dict(values | dict(candidate))
+
+    def best(self, method: str | None = None) -> dict[str, Any]:
+        """The best trial of a method, or of all."""
+        merged = [trial for trial in self.trials.values() if method in (None, trial["candidate"].get("method"))]
+        return min((one for one in merged if "method" in one["candidate"]), key=lambda trial: float(trial["mean"]))
+
+
+def key(candidate: Mapping[str, Any]) -> str:
+    """A candidate as a string."""
+    return json.dumps(candidate, sort_keys=True)
+
+
+def references(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What every search reads besides its candidates: the base, each specialist, their average; by their names."""
+    named: dict[str, dict[str, Any]] = {"base": {"base": True}} if recipe.base is not None else {}
+    named |= {Path(path).name: {"model": place} for place, path in enumerate(recipe.models)}
+    return named | {"average": {"method": "linear", "lambda": 1.0}}
+
+
+def grid(methods: Sequence[str], lambdas: Sequence[float], densities: Sequence[float]) -> list[dict[str, Any]]:
+    """Every combination of the settings that each method knows.
+
+    >>> grid(["task_arithmetic"], [0.5, 1.0], [0.2])
+    [{'method': 'task_arithmetic', 'lambda': 0.5}, {'method': 'task_arithmetic', 'lambda': 1.0}]
+    """
+    found = []
+    for method in methods:
+        uses = METHODS[method].uses
+        axes: dict[str, Sequence[float | None]] = {
+            "lambda": lambdas if "lam" in uses else (None,),
+            "density": densities if "density" in uses else (None,),
+        }
+        for values in itertools.product(*axes.values()):
+            settings = dict(zip(axes, values, strict=True))
+            if method == "della" and not 0.05 < (settings["density"] or 0.0) <= 0.95:  # its epsilon of 0.1 must fit in
+                continue
+            found.append({"method": method} | {name: value for name, value in settings.items() if value is not None})
+    return found
+
+
+def run_grid(search: Search, candidates: Sequence[Mapping[str, Any]]) -> None:
+    """Tries every candidate, with a bar."""
+    from tqdm import tqdm
+
+    with tqdm(candidates, desc="search", unit="trial", leave=False) as bar:
+        for candidate in bar:
+            search.attempt(candidate)
+
+
+def run_optuna(
+    search: Search,
+    methods: Sequence[str],
+    trials: int,
+    lambdas: Sequence[float],
+    densities: Sequence[float],
+    *,
+    seed: int,
+) -> None:
+    """Lets Optuna's TPE sampler choose, within the given bounds; the same seed and records choose the same.
+
+    Raises:
+        BackendUnavailable: optuna is missing.
+    """
+    try:
+        import optuna
+    except ImportError as cause:
+        remedy = "pip install 'synapse-arch[merge]'"
+        raise BackendUnavailable(explain("--optuna", "optuna", "it is not installed", remedy)) from cause
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def objective(trial: Any) -> float:
+        method = trial.suggest_categorical("method", list(methods))
+        uses = METHODS[method].uses
+        candidate: dict[str, Any] = {"method": method}
+        if "lam" in uses:
+            candidate["lambda"] = round(trial.suggest_float("lambda", min(lambdas), max(lambdas), log=True), 3)
+        if "density" in uses:
+            low, high = (0.06, 0.95) if method == "della" else (min(densities), max(densities))
+            candidate["density"] = round(trial.suggest_float(f"density of {method}", low, high), 3)
+        return search.attempt(candidate)
+
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    study.optimize(objective, n_trials=trials, show_progress_bar=sys.stderr.isatty())
+
+
+def table(search: Search, methods: Sequence[str], named: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row each for the base, the specialists, the average and the best of each method; best first."""
+    rows = [{"name": name, **search.trials[key(candidate)]} for name, candidate in named.items()]
+    tried = {trial["candidate"].get("method") for trial in search.trials.values()}
+    rows += [{"name": f"{method}, best", **search.best(method)} for method in methods if method in tried]
+    return sorted(rows, key=lambda row: (float(row["mean"]), row["name"]))
+
+
+def to_markdown(rows: Sequence[Mapping[str, Any]], tested: Mapping[str, Mapping[str, float]] | None) -> str:
+    """The table as text.
+
+    Args:
+        rows: of `table`.
+        tested: bits per byte of the rows on texts that nothing was chosen by.
+    """
+    names = list(rows[0]["bits"])
+    lines = [
+        "# Merges compared",
+        "",
+        "Bits per byte of held-out text, each text alike in the mean; less is better.",
+        "",
+    ]
+    lines += _markdown(rows, names, {row["name"]: row["bits"] for row in rows}, "by which the settings were chosen")
+    if tested is not None:
+        lines += _markdown(rows, list(next(iter(tested.values()))), tested, "not looked at in choosing")
+    return "\n".join(lines)
+
+
+def _markdown(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], bits: Mapping[str, Mapping[str, float]], what: str
+) -> list[str]:
+    head = f"| | settings | {' | '.join(names)} | mean |"
+    lines = [f"## Texts {what}", "", head, "|---|---|" + "---:|" * (len(names) + 1)]
+    for row in rows:
+        own = bits[row["name"]]
+        settings = ", ".join(f"{name} {value}" for name, value in row["candidate"].items() if name in TRIED)
+        values = [*own.values(), sum(own.values()) / len(own)]
+        lines.append(f"| {row['name']} | {settings} | {' | '.join(f'{value:.4f}' for value in values)} |")
+    return [*lines, ""]
+
+
+def report(search: Search, methods: Sequence[str], test: Mapping[str, Tensor] | None) -> list[dict[str, Any]]:
+    """Writes the table as JSON and Markdown and the best recipe as YAML.
+
+    Args:
+        search: with its trials done.
+        methods: that were tried.
+        test: texts that nothing was chosen by, to judge the rows of the table on.
+    """
+    rows = table(search, methods, references(search.recipe))
+    tested = None
+    if test is not None:
+        judge = Judge(test, search.judge.model)
+        tested = {row["name"]: judge.bits(search.tensors(row["candidate"])) for row in rows}
+        rows = [{**row, "test": tested[row["name"]]} for row in rows]
+    best = search.merging(search.best()["candidate"]).to_dict()
+    trials = list(search.trials.values())
+    found = {"rows": rows, "best": best, "trials": trials}
+    (search.out / TABLE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (search.out / TEXT).write_text(to_markdown(rows, tested), encoding="utf-8")
+    import yaml
+
+    (search.out / BEST).write_text(yaml.safe_dump(best, sort_keys=False), encoding="utf-8")
+    return rows
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m merge.search", description="Choose the settings of a merge on held-out text.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    made.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="base, models and what is not tried")
+    made.add_argument(
+        "--data", type=Path, nargs="+", required=True, metavar="TEXT", help="files or folders to choose by"
+    )
+    made.add_argument("--test", type=Path, nargs="+", metavar="TEXT", help="others, to judge the table on in the end")
+    made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="trials, table and best.yaml; goes on")
+    made.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="to try (the recipe's)")
+    numbers: dict[str, Any] = {"nargs": "+", "type": float, "metavar": "X"}
+    made.add_argument("--lambdas", default=LAMBDAS, **numbers, help=f"to try {LAMBDAS}")
+    made.add_argument("--densities", default=DENSITIES, **numbers, help=f"to try {DENSITIES}")
+    made.add_argument(
+        "--optuna", type=int, metavar="N", help="N trials chosen by Optuna between the least and largest values"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of Optuna's choices (0)")
+    return made.parse_args(arguments)
+
+
+def open_search(recipe: Recipe, data: Mapping[str, Tensor], out: Path) -> Search:
+    """A search over SynapseModels, with the trials that are in its folder.
+
+    Raises:
+        CheckpointError, ShapeError: the models cannot be opened, are none of ours or do not fit each other.
+        ConfigError: the folder holds trials of something else, or the method is one of mergekit's.
+    """
+    if recipe.mergekit is not None:
+        raise ConfigError(explain("method", f"one of {', '.join(METHODS)}", recipe.method, "search merges in memory"))
+    base = open_inputs(replace(recipe, align=None, calibration=None)).base
+    search = Search(recipe, Judge(data, SynapseModel.from_pretrained(base.path)), out)
+    search.load()
+    return search
+
+
+def run(command: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    recipe = Recipe.load(command.recipe)
+    methods = command.methods or [recipe.method]
+    search = open_search(recipe, texts(command.data), command.out)
+    test = texts(command.test) if command.test else None
+    run_grid(search, list(references(recipe).values()))
+    if command.optuna:
+        run_optuna(search, methods, command.optuna, command.lambdas, command.densities, seed=command.seed)
+    else:
+        run_grid(search, grid(methods, command.lambdas, command.densities))
+    report(search, methods, test)
+    print((command.out / TEXT).read_text(encoding="utf-8"))
+    print(f"merge it: python -m merge.ties --recipe {command.out / BEST} --out merged")
+
+
+def texts(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Streams by the names of their files or folders.
+
+    Raises:
+        ConfigError: two have one name. DataError: nothing there, or no text.
+    """
+    named = {path.stem if path.is_file() else path.name: read_text(path) for path in paths}
+    if len(named) < len(paths):
+        raise ConfigError(explain("texts", "different names", [str(path) for path in paths]))
+    return named
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program.
+
+    Returns:
+        0, or 2 after an error, which is one line; 130 when interrupted: finished trials are kept.
+    """
+    command = parse(arguments)
+    try:
+        run(command)
+    except SynapseError as error:
+        print(f"python -m merge.search: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"python -m merge.search: interrupted; the same command goes on from {command.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

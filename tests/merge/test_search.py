@@ -1,0 +1,147 @@
+"""Settings chosen on held-out text: the table is true, nothing is tried twice, the best recipe is what was read."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from merge.recipe import Recipe
+from merge.run import merge
+from merge.search import Search, grid, main, read_text
+from recipes.evaluation import held_out_bits
+from synapse_arch import SynapseConfig, SynapseModel
+from tests.merge.conftest import perturbed
+from tests.model.small import small_config
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders base, a and b that read bytes, and texts one.txt, two.txt and last.txt."""
+    monkeypatch.chdir(tmp_path)
+    config = SynapseConfig(**{**vars(small_config()), "vocab_size": 256})
+    base = SynapseModel(config)
+    base.save_pretrained("base")
+    for index, name in enumerate("ab"):
+        perturbed(base, index).save_pretrained(name)
+    generator = random.Random(0)
+    for name in ("one", "two", "last"):
+        words = [generator.choice(["if", "while", "return", "x", "= 1\n"]) for _ in range(120)]
+        Path(f"{name}.txt").write_text(" ".join(words), encoding="utf-8")
+    Path("r.yaml").write_text("base: base\nmodels: [a, b]\n", encoding="utf-8")
+
+
+def run(*words: str) -> int:
+    return main(["--recipe", "r.yaml", "--data", "one.txt", "two.txt", "--out", "out", *words])
+
+
+def found() -> dict[str, dict[str, object]]:
+    rows = json.loads(Path("out/search.json").read_text(encoding="utf-8"))["rows"]
+    return {row["name"]: row for row in rows}
+
+
+SMALL = ("--lambdas", "0.5", "1", "--densities", "0.3")
+
+
+@pytest.mark.usefixtures("models")
+def test_every_figure_is_that_of_the_saved_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*SMALL, "--methods", "ties", "task_arithmetic", "--test", "last.txt") == 0
+    rows = found()
+    assert set(rows) == {"base", "a", "b", "average", "ties, best", "task_arithmetic, best"}
+    best = yaml.safe_load(Path("out/best.yaml").read_text(encoding="utf-8"))
+    merge(Recipe.load("out/best.yaml"), Path("merged"), progress=False)
+    merge(Recipe(base="base", models=("a", "b"), method="linear"), Path("mean"), progress=False)
+    candidates = {name: row for name, row in rows.items() if "method" in row["candidate"]}
+    winner = min(candidates.values(), key=lambda row: row["mean"])
+    for folder, row in (("base", rows["base"]), ("b", rows["b"]), ("mean", rows["average"]), ("merged", winner)):
+        model = SynapseModel.from_pretrained(folder)
+        for name, bits in {**row["bits"], **row["test"]}.items():
+            assert held_out_bits(model, read_text(Path(f"{name}.txt"))).per_byte == pytest.approx(bits, rel=1e-6)
+    assert best["models"] == ["a", "b"]
+    table = Path("out/search.md").read_text(encoding="utf-8")
+    assert table in capsys.readouterr().out
+    assert "| ties, best |" in table
+    assert "last" in table
+
+
+@pytest.mark.usefixtures("models")
+def test_what_was_tried_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(*SMALL) == 0
+    tried = []
+    original = Search.tensors
+    monkeypatch.setattr(Search, "tensors", lambda self, one: tried.append(dict(one)) or original(self, one))
+    assert run("--lambdas", "0.5", "0.7", "1", "--densities", "0.3") == 0
+    assert tried == [{"method": "ties", "lambda": 0.7, "density": 0.3}]
+
+
+@pytest.mark.usefixtures("models")
+def test_trials_survive_a_search_that_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Search.tensors
+
+    def break_off(self: Search, candidate: dict[str, object]) -> object:
+        if candidate.get("lambda") == 0.5:
+            raise KeyboardInterrupt
+        return original(self, candidate)
+
+    monkeypatch.setattr(Search, "tensors", break_off)
+    assert run(*SMALL) == 130
+    assert len(Path("out/trials.jsonl").read_text(encoding="utf-8").splitlines()) == 1 + 4
+    assert not Path("out/search.json").exists()
+
+
+@pytest.mark.usefixtures("models")
+def test_trials_of_other_texts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*SMALL) == 0
+    Path("two.txt").write_text("something else entirely, and more of it\n" * 9, encoding="utf-8")
+    assert run(*SMALL) == 2
+    assert "trials of this recipe and these texts" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("models")
+def test_optuna_stays_within_the_bounds_and_repeats_itself() -> None:
+    pytest.importorskip("optuna")
+    words = ("--optuna", "4", "--methods", "ties", "linear", "--lambdas", "0.5", "1.5", "--densities", "0.2", "0.6")
+    assert run(*words) == 0
+    first = Path("out/trials.jsonl").read_bytes()
+    trials = [json.loads(line)["candidate"] for line in first.splitlines()[1:]]
+    assert len(trials) >= 5
+    for trial in trials[4:]:
+        assert 0.5 <= trial["lambda"] <= 1.5
+        assert 0.2 <= trial.get("density", 0.2) <= 0.6
+    assert run(*words) == 0
+    assert Path("out/trials.jsonl").read_bytes() == first
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--test", "nowhere"], "nowhere"),
+        (["--densities", "2"], "density"),
+    ],
+)
+def test_errors_are_a_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_grid_asks_a_method_only_for_what_it_knows() -> None:
+    assert grid(["linear"], [1.0], [0.1, 0.2]) == [{"method": "linear", "lambda": 1.0}]
+    assert grid(["slerp"], [1.0], [0.1]) == [{"method": "slerp"}]
+    assert len(grid(["ties"], [0.5, 1.0], [0.1, 0.2, 1.0])) == 6
+    assert [one["density"] for one in grid(["della"], [1.0], [0.05, 0.5, 1.0])] == [0.5]
+
+
+def test_a_folder_is_one_stream_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("later", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
+    assert bytes(read_text(tmp_path).tolist()) == b"\0first\0later"
+    (tmp_path / "c.txt").write_text("x" * 40, encoding="utf-8")
+    assert bytes(read_text(tmp_path / "c.txt").tolist()) == b"\0" + b"x" * 40
+    assert read_text(tmp_path / "c.txt").dtype == torch.uint8

@@ -32,6 +32,7 @@ ALLOWED["synapse_arch.modules"] = {"synapse_arch.introspection", *ALLOWED["synap
 ALLOWED["synapse_arch.model"] = {"synapse_arch.modules", *ALLOWED["synapse_arch.modules"]}
 ALLOWED["synapse_arch"] = set(ALLOWED)
 ALLOWED["recipes"] = ALLOWED["merge"] = set(ALLOWED)
+ALLOWED["merge.search"] = set(ALLOWED)  # it judges merges as recipes judge training
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in PACKAGES

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from merge.methods import METHODS
 from merge.recipe import MERGEKIT, Recipe, read_mapping
+from merge.report import check_reportable, write_report
 from merge.run import merge, open_inputs, plan
 from synapse_arch.errors import ConfigError, SynapseError, explain
 
@@ -34,6 +35,7 @@ examples:
   python -m merge.ties --base base --models a b c --weights 1 1 2 --trim global --out merged
   python -m merge.ties --base base --models a b --override '*.norm.weight' skip --override 'head.*' copy=0 --out merged
   python -m merge.ties --models a b --method slerp --weights 0.7 0.3 --out between
+  python -m merge.ties --base base --models a b --report --out merged
   python -m merge.ties --recipe merge.yaml --out merged --dry-run
 """
 
@@ -108,6 +110,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
     run = made.add_argument_group("run")
     run.add_argument(
         "--dry-run", action="store_true", default=False, help="list every tensor and what would happen; write nothing"
+    )
+    run.add_argument(
+        "--report",
+        action="store_true",
+        default=False,
+        help="add report.md and report.png: how far, where, how they agree",
     )
     run.add_argument("--overwrite", action="store_true", default=False, help="replace the model folder at --out")
     run.add_argument(
@@ -213,6 +221,8 @@ def _run(options: dict[str, Any]) -> int:
         raise ConfigError(
             explain("--out", "a folder for the result", "none", "or list what would happen with --dry-run")
         )
+    if options["report"]:
+        check_reportable(recipe)
     notes = merge(
         recipe,
         options["out"],
@@ -224,5 +234,7 @@ def _run(options: dict[str, Any]) -> int:
     )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    if options["report"]:
+        write_report(recipe, options["out"], progress=not options["quiet"])
     print(f"merged {len(recipe.models)} models by {recipe.method} into {options['out']}")
     return 0

@@ -1,0 +1,1 @@
+"""What merging buys: rotated digits, and language models of three domains; one JSON file an experiment."""

@@ -156,6 +156,25 @@ class Aligned:
         return tensor
 
 
+def check_pools(reference: Tensors, source: Tensors) -> dict[str, Pool]:
+    """The pools of two checkpoints whose experts can be matched one to one.
+
+    Raises:
+        ShapeError: the two have other pools, or pools of other sizes, or none.
+    """
+    pools, others = find_pools(reference.shapes), find_pools(source.shapes)
+    sizes, got = ({name: pool.size for name, pool in found.items()} for found in (pools, others))
+    if not sizes or sizes != got:
+        differing = [f"{name}: {sizes.get(name)} and {got.get(name)}" for name in sorted(sizes.keys() | got.keys())]
+        remedy = (
+            "experts can be matched only one to one: merge models with pools of one size, or make a pool of dense "
+            "models with python -m merge.upcycle"
+        )
+        expected = "as many experts in each layer of every model, and at least one pool"
+        raise ShapeError(explain("--align-experts", expected, differing[:10] or "no experts", remedy))
+    return pools
+
+
 def align(reference: Tensors, source: Tensors, similarity: Mapping[str, Tensor] | None = None) -> Aligned:
     """The source with each pool's experts in the slots of the reference's that they are most like.
 
@@ -168,16 +187,7 @@ def align(reference: Tensors, source: Tensors, similarity: Mapping[str, Tensor] 
         ShapeError: the two have other pools, or pools of other sizes.
         BackendUnavailable: scipy is missing.
     """
-    pools, others = find_pools(reference.shapes), find_pools(source.shapes)
-    sizes, got = ({name: pool.size for name, pool in found.items()} for found in (pools, others))
-    if not sizes or sizes != got:
-        differing = [f"{name}: {sizes.get(name)} and {got.get(name)}" for name in sorted(sizes.keys() | got.keys())]
-        remedy = (
-            "experts can be matched only one to one: merge models with pools of one size, or make a pool of dense "
-            "models with python -m merge.upcycle"
-        )
-        expected = "as many experts in each layer of every model, and at least one pool"
-        raise ShapeError(explain("--align-experts", expected, differing[:10] or "no experts", remedy))
+    pools = check_pools(reference, source)
     if similarity is None:
         similarity = {name: by_weights(pool, reference, source) for name, pool in pools.items()}
     return Aligned(source, reference, {name: assign(similarity[name]) for name in pools})

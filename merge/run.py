@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from merge.adapters import Adapter, is_adapter
-from merge.align import align, by_activations
+from merge.align import align, by_activations, check_pools
 from merge.card import model_card
 from merge.checks import Lineage, check_finite, check_same_tensors, config_notes
 from merge.io import Checkpoint, Reordered, Source, sha256
@@ -84,6 +84,8 @@ def open_inputs(recipe: Recipe) -> Inputs:
     base = Checkpoint(recipe.base if recipe.base is not None else _first_whole(recipe))
     models: list[Source] = [Adapter(path, base) if is_adapter(path) else Checkpoint(path) for path in recipe.models]
     for model in models:
+        if recipe.align is not None:
+            check_pools(base, model)
         check_same_tensors(base, model)
     if recipe.align is not None:
         models = [Reordered(model, align(base, model, _similarity(recipe, base, model))) for model in models]

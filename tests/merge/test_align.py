@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from merge.align import Aligned, align, assign, by_activations, by_weights, find_pools, products
-from synapse_arch import ExpertsConfig, SynapseModel
+from merge.cli import main
+from synapse_arch import ExpertsConfig, SynapseConfig, SynapseModel
 from synapse_arch.errors import ShapeError
 from tests.helpers import assert_close, assert_equal
-from tests.model.small import small_model, tokens
+from tests.model.small import small_config, small_model, tokens
 
 E = 4
 
@@ -221,3 +223,32 @@ def test_a_mixture_is_aligned_with_nothing_else_changed() -> None:
             assert torch.equal((x + back.tensor(name)) / 2, x)
     name = "layers.0.experts.w_in"
     assert not torch.allclose((base.tensors[name] + renumbered.tensors[name]) / 2, base.tensors[name])
+
+
+@pytest.mark.parametrize("by", ["weights", "activations"])
+def test_a_renumbered_folder_merges_back_exactly(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = used(SynapseModel(SynapseConfig(**{**vars(small_config()), "vocab_size": 256})))
+    model.save_pretrained("base")
+    renumbered, orders = renumber(weights(model))
+    loaded(model, renumbered.tensors).save_pretrained("renumbered")
+    assert any((order != torch.arange(E)).any() for order in orders.values())
+    Path("text").write_bytes(bytes(range(1, 200)))
+    words = ["--base", "base", "--models", "renumbered", "base", "--density", "1", "--out", "out", "--quiet"]
+    calibration = ["--calibration", "text"] if by == "activations" else []
+    assert main([*words, "--align-experts", by, *calibration]) == 0
+    assert_equal(dict(SynapseModel.from_pretrained("out").state_dict()), dict(model.state_dict()))
+    assert main([*words, "--overwrite", "--override", "*.expert_ids", "skip"]) == 0
+    mixed = SynapseModel.from_pretrained("out").layers[0].experts.w_in
+    assert not torch.equal(mixed, model.layers[0].experts.w_in)
+
+
+def test_folders_with_other_numbers_of_experts_are_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_model().save_pretrained("four")
+    small_model(experts=ExpertsConfig(n_experts=3, d_expert=6)).save_pretrained("three")
+    words = ["--base", "four", "--models", "three", "four", "--out", "out", "--quiet", "--align-experts"]
+    assert main(words) == 2
+    assert "merge.upcycle" in capsys.readouterr().err

@@ -193,6 +193,7 @@ def _write_shard(
             name, tensor = next(tensors)
             assert (name, tensor.dtype, tuple(tensor.shape)) == (entry.name, entry.dtype, entry.shape)
             _write(file, tensor)
+            del tensor  # before the next one is made
         os.fsync(file.fileno())
 
 

@@ -42,10 +42,11 @@ def weights(model: SynapseModel) -> InMemory:
 
 
 def used(model: SynapseModel) -> SynapseModel:
-    """The model with router biases and pathways that matter."""
+    """The model with a router whose rows, biases and pathways all matter for who is chosen."""
     with torch.no_grad():
         for layer in model.layers:
-            layer.thalamus.router_bias.normal_()
+            layer.thalamus.router.weight.mul_(20)
+            layer.thalamus.router_bias.normal_(std=0.5)
             layer.thalamus.pathways.normal_()
     return model
 
@@ -79,7 +80,18 @@ def test_renumbering_the_experts_leaves_the_function_as_it_was() -> None:
     assert not torch.equal(renumbered.tensors["layers.0.experts.w_in"], model.layers[0].experts.w_in)
     ids = tokens(2, 40)
     other = loaded(model, renumbered.tensors)
+    assert int((model(ids).expert_load > 0).sum()) >= 6
     assert_close(other(ids).logits, model(ids).logits, least=1.0)
+
+
+@pytest.mark.parametrize("part", ["router.weight", "router_bias", "pathways"])
+def test_each_part_of_the_router_has_to_move(part: str) -> None:
+    model = used(small_model())
+    renumbered, _ = renumber(weights(model))
+    name = f"layers.0.thalamus.{part}"
+    renumbered.tensors[name] = model.state_dict()[name]
+    ids = tokens(2, 40)
+    assert not torch.allclose(loaded(model, renumbered.tensors)(ids).logits, model(ids).logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("by", ["weights", "activations"])

@@ -1,12 +1,13 @@
-"""Merges eight rotations of one task: python -m benchmarks.merging.digits [--seeds 0 1 2].
+"""Merges eight rotations of one task: python -m benchmarks.merging.digits [--seeds 4 5 6].
 
 The digits of scikit-learn (1,797 images of 8 × 8), turned by 0°, 45°, …, 315°: eight tasks of one network of two hidden
 layers under a fixed random head. A shared start is trained briefly on all rotations, then by plain SGD a specialist on
 each. The merged network has to read all rotations. λ is chosen on validation images for every method; the density of
 TIES is the paper's 20 % (Yadav et al. 2023), and once more chosen as well.
 
-Where TIES is ahead depends on how the specialists are trained: these settings were chosen on seed 0 among others in
-which the average was as good or better, such as specialists of few steps, which lie close together.
+Where TIES is ahead depends on how the specialists are trained. These settings were chosen on the seeds 0 to 3, among
+others in which the average was as good or better, or in which no merge was better than the start: so the seeds
+reported are others.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from merge.methods import METHODS
 Weights = dict[str, Tensor]
 CONFIG: dict[str, Any] = {
     "angles": [45 * turn for turn in range(8)],
-    "hidden": [256, 256],
+    "hidden": [512, 512],
     "images": {"train": 1000, "validation": 300, "test": 497},
-    "start": {"optimizer": "Adam", "lr": 1e-3, "steps": 80, "batch": 128},
-    "specialist": {"optimizer": "SGD", "momentum": 0.9, "lr": 0.01, "steps": 200, "batch": 64},
+    "start": {"optimizer": "Adam", "lr": 1e-3, "steps": 24, "batch": 128},
+    "specialist": {"optimizer": "SGD", "momentum": 0.9, "lr": 0.01, "steps": 100, "batch": 64},
     "lambdas": [0.03, 0.05, 0.07, 0.1, 0.125, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5],
     "densities": [0.1, 0.2, 0.4, 0.7, 1.0],
 }
@@ -147,7 +148,7 @@ def one_seed(seed: int) -> dict[str, Any]:
 def main() -> None:
     """Runs the experiment, prints its table and writes benchmarks/results/merging-digits-MACHINE.json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of splits and weights (0 1 2)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6], help="of splits and weights (4 5 6)")
     seeds = parser.parse_args().seeds
     torch.set_num_threads(1)
     results = [one_seed(seed) for seed in progress(seeds, "seeds")]

@@ -23,7 +23,7 @@ COMMANDS = {
 }
 EPILOG = """methods (--method):
 {methods}
-  {mergekit:<16} one of mergekit's, tensor by tensor
+  {mergekit} one of mergekit's, tensor by tensor
 
 programs:
 {commands}
@@ -46,7 +46,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     epilog = EPILOG.format(
         methods="\n".join(f"  {name:<{width}} {entry.about}" for name, entry in METHODS.items()),
         commands="\n".join(f"  python -m merge.{name:<{width - 8}} {about}" for name, about in COMMANDS.items()),
-        mergekit=f"{MERGEKIT}NAME",
+        mergekit=f"{MERGEKIT}NAME".ljust(width),
     )
     made = argparse.ArgumentParser(
         prog=prog, description="Merge models that were trained from one base.", epilog=epilog, allow_abbrev=False,
@@ -59,7 +59,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--base", metavar="PATH", help="what the models were trained from")
     what.add_argument("--models", nargs="+", metavar="PATH", help="what to merge")
     what.add_argument("--out", type=Path, metavar="FOLDER", help="where the merged model goes")
-    how = made.add_argument_group("how")
+    _add_how(made.add_argument_group("how"))
+    _add_run(made.add_argument_group("run"))
+    return made
+
+
+def _add_how(how: Any) -> None:
+    """What a recipe holds besides the models."""
     how.add_argument("--method", metavar="NAME", help="see below (ties)")
     how.add_argument(
         "--density",
@@ -107,7 +113,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
     how.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="of the result (the base's)"
     )
-    run = made.add_argument_group("run")
+
+
+def _add_run(run: Any) -> None:
+    """What is not part of a recipe."""
     run.add_argument(
         "--dry-run", action="store_true", default=False, help="list every tensor and what would happen; write nothing"
     )
@@ -129,7 +138,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     run.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
     run.add_argument("--max-shard", type=float, default=4.0, metavar="GIB", help="largest weights file (4)")
-    return made
 
 
 def recipe_of(options: dict[str, Any]) -> Recipe:
@@ -161,10 +169,9 @@ def _override(words: list[str]) -> dict[str, Any]:
             values["skip"] = True
         elif key in ("density", "weights", "copy") and text:
             try:
-                numbers = [float(part) for part in text.split(",")]
+                values[key] = int(text) if key == "copy" else [float(part) for part in text.split(",")]
             except ValueError as cause:
                 raise ConfigError(explain(f"--override {words[0]}", f"numbers for {key}", repr(text))) from cause
-            values[key] = int(numbers[0]) if key == "copy" else numbers
         else:
             expected = "skip, copy=MODEL, density=SHARE or weights=W,W"
             raise ConfigError(explain(f"--override {words[0]}", expected, repr(word)))
@@ -221,6 +228,8 @@ def _run(options: dict[str, Any]) -> int:
         raise ConfigError(
             explain("--out", "a folder for the result", "none", "or list what would happen with --dry-run")
         )
+    if not 0 < options["max_shard"] < float("inf"):
+        raise ConfigError(explain("--max-shard", "a size above 0 in GiB", options["max_shard"]))
     if options["report"]:
         check_reportable(recipe)
     notes = merge(

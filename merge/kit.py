@@ -1,4 +1,4 @@
-"""Methods of mergekit's, by hand-over: tensor by tensor, in float32 (extra [merge-mergekit])."""
+"""Methods of mergekit's, by hand-over: tensor by tensor, in float32 (extra [mergekit])."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def merge_with_mergekit(
     try:
         merged = merge_state_dicts(models, method, parameters=given, base=_BASE if with_base else None)
     except (ValueError, TypeError, KeyError, RuntimeError) as cause:
-        raise ConfigError(explain(f"mergekit:{method}", "inputs and parameters it takes", cause)) from cause
+        remedy = (
+            "--density, --weights and --lambda are its density, weight and lambda; --parameter NAME=VALUE the others"
+        )
+        raise ConfigError(explain(f"mergekit:{method}", "inputs and parameters it takes", cause, remedy)) from cause
     result: Tensor = merged[name].detach().to(dtype)
     return result
 

@@ -64,9 +64,7 @@ def merge_with_mergekit(
     try:
         merged = merge_state_dicts(models, method, parameters=given, base=_BASE if with_base else None)
     except (ValueError, TypeError, KeyError, RuntimeError) as cause:
-        remedy = (
-            "--density, --weights and --lambda are its density, weight and lambda; --parameter NAME=VALUE the others"
-        )
+        remedy = "--density, --weights, --lambda are its density, weight, lambda; --parameter NAME=VALUE the others"
         raise ConfigError(explain(f"mergekit:{method}", "inputs and parameters it takes", cause, remedy)) from cause
     result: Tensor = merged[name].detach().to(dtype)
     return result

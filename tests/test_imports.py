@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("synapse_arch", "recipes")
 BASE = {"torch", "einops", "safetensors"}
-TRAIN = BASE | {"accelerate", "tqdm"}
+TRAIN = BASE | {"accelerate", "filelock", "tqdm"}
 OPTIONAL = ("accelerate", "datasets", "fastapi", "hypothesis", "peft", "pytest", "tqdm", "transformers")
 
 # A part of the code, and the parts it may import besides itself. The longest name that fits a module is its part.

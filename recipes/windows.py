@@ -62,9 +62,6 @@ class Windows:
         DataError: the stream is shorter than a window and its next token.
     """
 
-    carried = False
-    """Whether the states behind one batch go on with the next."""
-
     def __init__(self, stream: Tensor, *, length: int, batch_size: int, seed: int) -> None:
         needed = self._needed(length, batch_size)
         if len(stream) <= needed:
@@ -80,6 +77,10 @@ class Windows:
         window = self.stream[places.remainder_(len(self.stream))].long()
         ids = window[:, :-1]
         return Batch(ids, window[:, 1:], segments(ids))
+
+    def begins(self, step: int) -> bool:
+        """Whether the batch of this step has nothing to do with the one before."""
+        return True
 
     def _starts(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(mix(self.seed, step))
@@ -98,10 +99,8 @@ class Rows(Windows):
     between the last window and the row's end is read in others.
     """
 
-    carried = True
-
     def begins(self, step: int) -> bool:
-        """Whether this is the first step of an epoch, which goes on with nothing."""
+        """Whether this is the first step of an epoch; the rows of any other go on with those of the step before."""
         return step % self.steps == 0
 
     @property

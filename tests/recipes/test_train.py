@@ -30,7 +30,8 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
+def _fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -82,7 +83,8 @@ def test_a_run_learns_and_reports(tmp_path: Path, arguments: list[str], capsys: 
     assert "layer 0" in shown.out
     assert str(checkpoint.latest(out)) in shown.out
     assert "bits/byte" in shown.err
-    assert sorted(item.name for item in out.iterdir()) == ["log.jsonl", "result.json", "run.json", "step-00000040"]
+    files = ["curves.png", "log.jsonl", "result.json", "run.json", "step-00000040"]
+    assert sorted(item.name for item in out.iterdir()) == files
 
 
 @pytest.mark.parametrize("extra", [[], ["--set", "thalamus.noise=0.1", "--set", "thalamus.bias_rate=0.01"]])
@@ -206,7 +208,7 @@ def test_ten_in_a_row_stop_the_run_at_its_last_checkpoint(
     tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(range(5, 99), monkeypatch)
-    assert main([*arguments, "--out", str(tmp_path), "--steps", "50", "--save-minutes", "1e-9"]) == 1
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "50", "--save-minutes", "1e-9"]) == 2
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
     said = capsys.readouterr().err
     assert "10 steps without one" in said
@@ -223,7 +225,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    assert main(["--out", str(tmp_path), "--resume", "--steps", "9", "--save-minutes", "1e-9"]) == 1
+    assert main(["--out", str(tmp_path), "--resume", "--steps", "9", "--save-minutes", "1e-9"]) == 2
     said = capsys.readouterr()
     assert "training goes on" in said.out
     assert "No space left on device" in said.err
@@ -235,7 +237,7 @@ def test_too_little_space_is_known_before_training(
     tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
-    assert main([*arguments, "--out", str(tmp_path), "--steps", "5"]) == 1
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "5"]) == 2
     assert "MB free" in capsys.readouterr().err
 
 
@@ -243,7 +245,7 @@ REFUSED = {
     "unknown preset": (["--preset", "tinny"], "tiny"),
     "unknown key": (["--set", "experts.n_expert=4"], "n_experts"),
     "no value": (["--set", "d_model"], "KEY=VALUE"),
-    "vocabulary": (["--set", "vocab_size=300"], "byte tokenizer"),
+    "vocabulary": (["--set", "vocab_size=300"], "the tokenizer's"),
     "missing data": (["--data", "/nowhere/text"], "/nowhere/text"),
     "short text": (["--length", "100000"], "--length"),
     "schedule": (["--schedule", "step"], "cosine"),
@@ -258,7 +260,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     extra, says = REFUSED[case]
-    assert main([*arguments, *extra, "--out", str(tmp_path / "run")]) == 1
+    assert main([*arguments, *extra, "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert says in said
@@ -270,14 +272,14 @@ def test_overwrite_takes_nothing_away_when_the_new_run_cannot_start(
     tmp_path: Path, arguments: list[str], extra: list[str]
 ) -> None:
     assert main([*arguments, "--out", str(tmp_path), "--steps", "3"]) == 0
-    assert main([*arguments, *extra, "--out", str(tmp_path), "--steps", "3", "--overwrite"]) == 1
+    assert main([*arguments, *extra, "--out", str(tmp_path), "--steps", "3", "--overwrite"]) == 2
     assert checkpoint.latest(tmp_path).name == "step-00000003"
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"schema": 1}', '{"schema": 9, "config": {}, "corpus": "x"}'])
 def test_a_damaged_run_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     (tmp_path / "run.json").write_text(content, encoding="utf-8")
-    assert main(["--out", str(tmp_path), "--resume"]) == 1
+    assert main(["--out", str(tmp_path), "--resume"]) == 2
     assert "run.json" in capsys.readouterr().err
 
 
@@ -288,7 +290,7 @@ def test_a_folder_in_use_is_refused_and_replaced_only_on_demand(
     first = [*arguments, "--out", str(tmp_path), "--steps", "3"]
     assert main(first) == 0
     before = weights(tmp_path)
-    assert main([*first, "--seed", "1"]) == 1
+    assert main([*first, "--seed", "1"]) == 2
     assert "--resume" in capsys.readouterr().err
     assert same(before, weights(tmp_path))
     assert main([*first, "--seed", "1", "--overwrite"]) == 0
@@ -302,10 +304,10 @@ def test_resume_refuses_another_run(
     own = shutil.copytree(text, tmp_path / "text")
     given = [*arguments, "--data", str(own), "--out", str(tmp_path / "run")]
     assert main([*given, "--steps", "3"]) == 0
-    assert main([*given, "--resume", "--steps", "6", "--lr", "1"]) == 1
+    assert main([*given, "--resume", "--steps", "6", "--lr", "1"]) == 2
     assert "--lr" in capsys.readouterr().err
     (own / "file_0.py").write_text("changed", encoding="utf-8")
-    assert main([*given, "--resume", "--steps", "6"]) == 1
+    assert main([*given, "--resume", "--steps", "6"]) == 2
     assert "corpus" in capsys.readouterr().err
 
 
@@ -316,7 +318,7 @@ def test_a_damaged_checkpoint_is_refused(
     assert main([*arguments, "--out", str(tmp_path), "--steps", "3"]) == 0
     path = checkpoint.latest(tmp_path) / name
     path.write_bytes(path.read_bytes()[:40])
-    assert main(["--out", str(tmp_path), "--resume", "--steps", "6"]) == 1
+    assert main(["--out", str(tmp_path), "--resume", "--steps", "6"]) == 2
     assert name in capsys.readouterr().err
 
 

@@ -68,7 +68,7 @@ class SynapseHFConfig(PreTrainedConfig):
         core = SynapseConfig.from_dict(self.synapse or {})
         self.synapse = core.to_dict()
         kwargs.pop("tie_word_embeddings", None)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self.tie_word_embeddings = core.tie_embeddings
 
     @classmethod
@@ -184,7 +184,7 @@ class SynapseForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SynapseModel(config.core) if core is None else core
         self._keep_in_fp32_modules_strict = {name.replace(".", r"\.") for name in self._float32_names()}
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_core(cls, model: SynapseModel, **options: Any) -> SynapseForCausalLM:
@@ -277,9 +277,9 @@ class SynapseForCausalLM(PreTrainedModel, GenerationMixin):
         named = self.config.return_dict if return_dict is None else return_dict
         return result if named else result.to_tuple()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""
-        return self.model.embedding
+        return cast(nn.Embedding, self.model.embedding)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Puts another in its place."""
@@ -287,13 +287,13 @@ class SynapseForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
-        return self.model.head
+        return cast(nn.Module, self.model.head)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Puts another in its place."""
         self.model.head = new_embeddings
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> nn.Embedding:
         """Gives the embedding back as it is.
 
         Raises:

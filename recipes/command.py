@@ -88,7 +88,7 @@ def settings(command: Command) -> dict[str, Any]:
     if command.config is None:
         return command.given
     read = read_config(command.config)
-    read |= {name: kind(str(read[name])) for name, kind in PATHS.items() if read.get(name) is not None}
+    read |= {name: kind(read[name]) for name, kind in PATHS.items() if isinstance(read.get(name), str)}
     given = dict(command.given)
     if "overrides" in read and "overrides" in given:
         given["overrides"] = [*read["overrides"], *given["overrides"]]

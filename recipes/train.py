@@ -145,8 +145,9 @@ def report(trainer: Trainer, command: Command) -> None:
     with torch.no_grad():
         seen = model(stream[None, :TRACED].long().to(trainer.accelerator.device), trace=TraceSpec(level="full"))
     print(f"Inside, over the first {min(TRACED, len(stream))} tokens of held-out text:\n\n{seen.trace.report()}\n")
-    picture = curves.draw(trainer.out)
-    print(f"Curves of the run are in {picture}" if picture else f"No picture of the run: {curves.MISSING}")
+    if (trainer.out / checkpoint.LOG_FILE).exists():  # not after a handful of steps
+        picture = curves.draw(trainer.out)
+        print(f"Curves of the run are in {picture}" if picture else f"No picture of the run: {curves.MISSING}")
     folder = checkpoint.latest(trainer.out)
     print(f"The model is in {folder}\n  in Python:  SynapseModel.from_pretrained({str(folder)!r})")
     config = trainer.config

@@ -17,7 +17,8 @@ from recipes.checkpoint import CURVES_FILE, LOG_FILE, RESULT_FILE
 from synapse_arch.errors import DataError, SynapseError, explain
 
 MISSING = "pip install 'synapse-arch[train]' brings matplotlib"
-SMOOTHING = 0.1
+SMOOTHING = 40
+"""The averaged curves reach over a fortieth of the log to each side."""
 INK, FAINT, MARK = "#20456e", "#a9bfd6", "#b5441f"
 EPILOG = """examples:
   python -m recipes.curves runs/demo             writes runs/demo/curves.png, also while the run goes on
@@ -70,7 +71,7 @@ def _bits(panel: Any, lines: list[dict[str, Any]], out: Path) -> None:
     steps = [line["step"] for line in lines]
     values = [line["bits_per_byte"] for line in lines]
     panel.plot(steps, values, color=FAINT, linewidth=0.8)
-    panel.plot(steps, _smooth(values), color=INK, label="training, smoothed")
+    panel.plot(steps, _smooth(values), color=INK, label="training, averaged")
     looks = [(line["step"], line["held_out_bits_per_byte"]) for line in lines if "held_out_bits_per_byte" in line]
     if looks:
         panel.plot(*zip(*looks, strict=True), "o", markersize=4, color=MARK, label="held-out sample")
@@ -140,10 +141,17 @@ def _experts(panel: Any, lines: list[dict[str, Any]], out: Path) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Exponential average that starts at the first value."""
-    smoothed: list[float] = []
-    for value in values:
-        smoothed.append(smoothed[-1] + SMOOTHING * (value - smoothed[-1]) if smoothed else value)
+    """Means over a window around each value, as wide on both sides, so that the curve does not lag.
+
+    >>> _smooth([4.0, 1.0, 1.0, 4.0])
+    [4.0, 2.0, 2.0, 4.0]
+    """
+    reach, last = max(1, len(values) // SMOOTHING), len(values) - 1
+    smoothed = []
+    for middle in range(len(values)):
+        side = min(reach, middle, last - middle)
+        window = values[middle - side : middle + side + 1]
+        smoothed.append(sum(window) / len(window))
     return smoothed
 
 

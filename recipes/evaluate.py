@@ -139,13 +139,13 @@ def judge(options: Options) -> dict[str, Any]:
     with tqdm(total=steps) as bar:  # what can be refused comes first
         if options.context:
             bar.set_description("context")
-            curve = {"length": options.context, "rows": options.rows, "sizes": tokenizer.sizes}
+            curve: dict[str, Any] = {"length": options.context, "rows": options.rows, "sizes": tokenizer.sizes}
             result["context"] = [_plain(part) for part in loss_by_position(model, stream, **curve)]
             bar.update()
         if options.tasks:
             bar.set_description("tasks")
-            asked = {"limit": options.task_limit}
-            result["tasks"] = run_tasks(model, tokenizer, options.tasks, options.task_files, **asked)
+            files, most = options.task_files, options.task_limit
+            result["tasks"] = run_tasks(model, tokenizer, options.tasks, files, limit=most)
             bar.update()
         bar.set_description("documents")
         bits = held_out_bits(model, stream, sizes=tokenizer.sizes)

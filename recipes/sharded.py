@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as read_shards
+from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 from torch.distributed.fsdp import fully_shard
 
 from recipes.checkpoint import read_json, write_json
@@ -66,11 +68,11 @@ def save(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer) ->
     aside = folder.with_name(f".{folder.name}")
     weights, averages = get_state_dict(model, optimizer)
     try:
-        dcp.save({"model": weights, "optimizer": averages}, checkpoint_id=aside)
+        write_shards({"model": weights, "optimizer": averages}, checkpoint_id=aside)
         if distributed.get_rank() == 0:
             write_json(aside / CONFIG_FILE, model.config.to_dict())
             aside.rename(folder)
-    except (OSError, dcp.api.CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         remedy = "free some space or check permissions"
         raise CheckpointError(explain(str(folder), "a checkpoint written", error, remedy)) from error
     distributed.barrier()
@@ -83,7 +85,7 @@ def load(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer) ->
         CheckpointError: the folder is missing, damaged or of another model.
     """
     weights, averages = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": averages}
+    state: dict[str, Any] = {"model": weights, "optimizer": averages}
     _read(folder, state)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
@@ -104,8 +106,8 @@ def _read(folder: Path, state: dict[str, Any], *, no_dist: bool = False) -> None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
-            dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
-    except (OSError, dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+            read_shards(state, checkpoint_id=folder, no_dist=no_dist)
+    except (OSError, CheckpointException, RuntimeError, ValueError) as error:
         remedy = "check the path; it must hold a sharded checkpoint of this model"
         message = " ".join(str(error).split())
         raise CheckpointError(explain(str(folder), "a sharded checkpoint", message, remedy)) from error

@@ -153,7 +153,7 @@ def _add_run(parser: argparse.ArgumentParser, default: RunConfig) -> None:
 
 def _add_model(parser: argparse.ArgumentParser, default: RunConfig) -> None:
     what = parser.add_argument_group("model and data")
-    _option(what, default, "preset", str, "size of the model: tiny, small, base, titan")
+    _option(what, default, "preset", str, "size of the model: tiny, small, base, titan, or auto")
     what.add_argument(
         "--set",
         dest="overrides",

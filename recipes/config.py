@@ -24,7 +24,8 @@ class RunConfig:
     """Everything that decides what a run computes, and how often it looks up from it.
 
     Attributes:
-        preset: of `SynapseConfig`; its vocabulary becomes the tokenizer's.
+        preset: of `SynapseConfig`, or "auto" for one that suits the machine and the text; its vocabulary becomes the
+            tokenizer's.
         overrides: "experts.n_experts=4" and the like, on top of the preset; values are JSON, or else strings.
         data: text file, .jsonl, .parquet, or a folder of them; None is the built-in corpus.
         field: which field of a JSON line or column of a table is the text.
@@ -122,7 +123,8 @@ class RunConfig:
             ConfigError: an unknown preset or key, a value that does not fit, or no "key=value".
         """
         changes = dict(_change(override) for override in self.overrides)
-        config = SynapseConfig.preset(self.preset, **{"vocab_size": vocab_size, **changes})
+        preset = "tiny" if self.preset == AUTO else self.preset  # where overrides name every field
+        config = SynapseConfig.preset(preset, **{"vocab_size": vocab_size, **changes})
         if config.vocab_size != vocab_size:
             remedy = "leave vocab_size to the tokenizer"
             raise ConfigError(explain("vocab_size", f"{vocab_size}, the tokenizer's", config.vocab_size, remedy))
@@ -148,6 +150,8 @@ class RunConfig:
 
 LOWEST = {"steps": 1, "batch_size": 1, "accumulate": 1, "length": 1, "threads": 0, "seed": 0, "keep": 1}
 TRACKERS = ("tensorboard", "trackio")
+AUTO = "auto"
+"""The preset that `recipes.sizing` fills in once the text has been read."""
 MODEL = "model"
 """The key of a configuration file that holds changes to the preset, nested as in `SynapseConfig.to_dict`."""
 

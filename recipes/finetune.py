@@ -196,9 +196,9 @@ class Finetuner:
 
 def _sides(logits: Tensor, targets: Tensor) -> tuple[Likelihood, Likelihood]:
     """The likelihoods of the chosen and of the rejected answers."""
-    total, count = likelihood(logits, targets)
+    total, tokens = likelihood(logits, targets)
     half = len(total) // 2
-    return Likelihood(total[:half], count[:half]), Likelihood(total[half:], count[half:])
+    return Likelihood(total[:half], tokens[:half]), Likelihood(total[half:], tokens[half:])
 
 
 def configure(command: Command) -> tuple[FinetuneConfig, Tokenizer, Pairs, Pairs | None]:

@@ -172,13 +172,14 @@ def parse(argv: list[str] | None = None) -> Command:
     for field in dataclasses.fields(FinetuneConfig):
         hint, several = hints[field.name], field.name.startswith("lora_")
         kind: Any = _path if field.name in PATHS else hint if hint in (int, float) else str
+        more: dict[str, Any] = {"nargs": "+"} if several else {}
         shown = field.default not in (dataclasses.MISSING, None, ())
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=kind,
             metavar="NAME" if several else "FILE" if field.name in PATHS else kind.__name__.upper(),
             help=HELP[field.name] + (f" ({field.default})" if shown else ""),
-            **({"nargs": "+"} if several else {}),
+            **more,
         )
     values = vars(parser.parse_args(argv))
     out, resume, overwrite = (values.pop(name) for name in ("out", "resume", "overwrite"))

@@ -58,7 +58,7 @@ def run_tasks(
         raise ConfigError(explain(f"--tasks in {folder}", known, ", ".join(unknown), "check --task-files"))
     device = str(next(model.parameters()).device)
     subject = HFLM(
-        pretrained=SynapseForCausalLM.from_core(model),  # type: ignore[arg-type]
+        pretrained=SynapseForCausalLM.from_core(model),
         tokenizer=_for_transformers(tokenizer),
         batch_size=batch_size,
         device=device,

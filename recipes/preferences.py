@@ -19,13 +19,13 @@ class Likelihood(NamedTuple):
 
     total: Tensor
     """(B,) log-probability of each answer, in nats."""
-    count: Tensor
-    """(B,) its tokens."""
+    tokens: Tensor
+    """(B,) how many it has."""
 
     @property
     def mean(self) -> Tensor:
         """(B,) log-probability a token."""
-        return self.total / self.count
+        return self.total / self.tokens
 
 
 class Preference(NamedTuple):

@@ -18,12 +18,13 @@ import torch
 from recipes import checkpoint, curves, tokens
 from recipes._accelerate import Accelerator, PartialState, broadcast_object_list, parse_flag_from_env, tqdm
 from recipes.command import Command, parse, resumed, settings
-from recipes.config import RunConfig, show_config
+from recipes.config import AUTO, RunConfig, show_config
 from recipes.data import SEPARATOR, Tokenizer, load_tokenizer, open_source
 from recipes.display import clock, comparison
 from recipes.evaluation import compressors
 from recipes.health import matrix_rate
 from recipes.malloc import keep_freed_memory
+from recipes.sizing import sized
 from recipes.tokenizer import BYTES, TOKENIZER_FILE
 from recipes.tokens import Tokens
 from recipes.trainer import Trainer, on_main
@@ -159,6 +160,9 @@ def train(command: Command) -> bool:
     """Does what the command line asks for; False when the run was stopped before its end."""
     config, tokenizer = configure(command)
     if command.print_config:
+        if config.preset == AUTO:
+            remedy = "start the run: the size is in its run.json"
+            raise ConfigError(explain("--print-config", "a preset of a known size", AUTO, remedy))
         print(show_config(config, config.model_config(tokenizer.vocab_size)))
         return True
     # Said outright, since several processes on a machine without an accelerator are otherwise as many runs of one.
@@ -170,6 +174,8 @@ def train(command: Command) -> bool:
     text = read_tokens(config, command.cache, tokenizer, state)
     if command.resume:
         same_text(command, text)
+    else:
+        config = sized(config, state, vocab_size=tokenizer.vocab_size, tokens=len(text.train))
     config = replace(config, mixed_precision=precision(config.mixed_precision, state))
     use_cpu(config, state)
     with contextlib.ExitStack() as held:

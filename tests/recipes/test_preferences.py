@@ -25,7 +25,7 @@ def test_the_likelihood_of_an_answer_is_that_of_its_tokens() -> None:
             if targets[row, t] != IGNORED
         ]
         assert float(found.total[row]) == pytest.approx(sum(terms), rel=1e-5)
-        assert int(found.count[row]) == len(terms)
+        assert int(found.tokens[row]) == len(terms)
 
 
 def test_dpo_is_the_papers_formula() -> None:

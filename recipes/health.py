@@ -26,7 +26,7 @@ def load_entropy(load: Tensor) -> Tensor:
     [1.0, 0.0]
     """
     share = load.double() / load.double().sum(-1, keepdim=True).clamp(min=1)
-    nats = -torch.where(share > 0, share * share.clamp(min=1e-300).log(), 0.0).sum(-1)
+    nats = torch.where(share > 0, -share * share.clamp(min=1e-300).log(), 0.0).sum(-1)
     return nats / math.log(max(load.shape[-1], 2))
 
 

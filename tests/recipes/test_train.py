@@ -101,7 +101,10 @@ def test_a_second_signal_later_on_interrupts_at_once(
     assert "Interrupted" in capsys.readouterr().err
 
 
-def test_a_budget_of_minutes_ends_on_time_with_the_learning_rate_down(tmp_path: Path, arguments: list[str]) -> None:
+def test_a_budget_of_minutes_ends_on_time_with_the_learning_rate_down(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "LOG_EVERY", 1)  # a loaded machine takes few steps
     assert main([*arguments, "--out", str(tmp_path), "--minutes", "0.03", "--warmup", "0"]) == 0
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))

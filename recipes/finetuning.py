@@ -203,9 +203,10 @@ def from_dict(values: dict[str, Any]) -> FinetuneConfig:
             near = difflib.get_close_matches(key, known, n=1)
             remedy = f"did you mean {near[0]}?" if near else ""
             raise ConfigError(explain("fine-tuning configuration", "known keys", repr(key), remedy))
-    return FinetuneConfig(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
+    fields: dict[str, Any] = {}
+    for name, item in values.items():
+        fields[name] = tuple(item) if isinstance(item, list) else item
+    return FinetuneConfig(**fields)
 
 
 def resumed(stored: dict[str, Any], given: dict[str, Any]) -> FinetuneConfig:

@@ -1,5 +1,8 @@
-"""Programs that train and judge a SynapseModel: `accelerate launch recipes/train.py`.
+"""Programs that train, fine-tune and judge a SynapseModel: `accelerate launch recipes/train.py`.
 
-config.py what a run is · data.py text to batches · optim.py AdamW and its schedule · evaluation.py bits per byte ·
-checkpoint.py weights and optimizer as one · trainer.py the loop · display.py the terminal · train.py the program
+train.py, finetune.py, evaluate.py   the programs; tokenizer.py, curves.py and sharded.py are small ones
+command.py, config.py                the command line, and what a run is
+sources.py, data.py, tokens.py       text on disk, what of it is held out, the token cache; windows.py batches
+trainer.py, optim.py, checkpoint.py  the loop, AdamW and its schedule, a run's folder
+health.py, evaluation.py, display.py router and machine, bits per byte, the terminal
 """

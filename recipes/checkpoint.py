@@ -1,33 +1,42 @@
 """A run's folder: `run.json`, `log.jsonl`, and checkpoints that are there whole or not at all.
 
 A checkpoint is a folder `step-00000480` with the model (config.json and safetensors, opened by
-`SynapseModel.from_pretrained`) and what training needs to go on (trainer.safetensors and trainer.json). It is written
-aside under a name that starts with a dot and renamed when it is complete; then the one before it goes.
+`SynapseModel.from_pretrained`), its tokenizer where it is not bytes, and what training needs to go on
+(trainer.safetensors, trainer.json, state.safetensors where a state is carried). It is written aside under a name that
+starts with a dot and renamed when it is complete; then those go that are no longer to be kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from recipes.optim import optimizer_tensors, restore_optimizer
-from synapse_arch import SynapseModel
-from synapse_arch.errors import CheckpointError, ConfigError, explain
+from recipes.tokenizer import TOKENIZER_FILE, Tokenizer
+from synapse_arch import SynapseModel, SynapseState
+from synapse_arch.errors import CheckpointError, ConfigError, StateError, explain
 
 RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
 RESULT_FILE = "result.json"
 TRAINER_TENSORS = "trainer.safetensors"
 TRAINER_FILE = "trainer.json"
+STATE_FILE = "state.safetensors"
+CURVES_FILE = "curves.png"
+TRACKERS_FOLDER = "trackers"
+LOCK_FILE = ".lock"
 SCHEMA = 1
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -40,11 +49,44 @@ class Progress:
         step: optimizer steps behind, skipped ones included.
         seconds: wall time spent.
         skipped: steps whose loss or gradient was not finite.
+        best: the fewest bits per byte at a look at held-out text, where the best checkpoint is kept.
+        best_step: the step of that look.
+        carried: whether the state behind the last window goes on with the next.
     """
 
     step: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    carried: bool = False
+
+
+@contextlib.contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Holds the folder of a run, made where missing, so that no other process writes to it; an empty one is removed.
+
+    The system lifts the claim of a process that dies.
+
+    Raises:
+        CheckpointError: another process holds it, or it cannot be made or written to.
+    """
+    lock = FileLock(out / LOCK_FILE)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        remedy = "wait for it to end, or choose another --out"
+        raise CheckpointError(explain(f"--out {out}", "a folder of no other run", "one in use", remedy)) from error
+    except OSError as error:
+        raise CheckpointError(explain(f"--out {out}", "a folder to write to", error.strerror or error)) from error
+    try:
+        yield
+    finally:
+        (out / LOCK_FILE).unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):  # not empty
+            out.rmdir()
 
 
 def refuse_used(out: Path) -> None:
@@ -54,23 +96,24 @@ def refuse_used(out: Path) -> None:
         raise CheckpointError(explain(f"--out {out}", "a folder without a run", "one that holds a run", remedy))
 
 
-def prepare_folder(out: Path, *, parameters: int, clear: bool) -> None:
+def prepare_folder(out: Path, *, parameters: int, keep: int, clear: bool) -> None:
     """Makes sure that a run of a model with so many float32 parameters can be kept in `out`.
 
     Args:
         out: made where missing; files that are none of a run's are left alone.
-        parameters: a checkpoint holds each three times, with AdamW's two averages. A new one must fit beside the old.
+        parameters: a checkpoint holds each three times, with AdamW's two averages.
+        keep: how many checkpoints will be there; a new one must fit beside them.
         clear: for a new run: remove the one that `out` holds, once all else is right.
 
     Raises:
         CheckpointError: the folder cannot be made or written to, or the disk is too full.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.touch()
         probe.unlink()
-        needed, free = (2 if clear else 1) * 3 * 4 * parameters / 1e6, shutil.disk_usage(out).free / 1e6
+        there = 0 if clear else sum(_step(item) is not None for item in out.iterdir())
+        needed, free = max(keep + 1 - there, 1) * 3 * 4 * parameters / 1e6, shutil.disk_usage(out).free / 1e6
         if free < needed:
             remedy = "free some space or choose another --out"
             raise CheckpointError(explain(f"--out {out}", f"{needed:.1f} MB free", f"{free:.1f} MB", remedy))
@@ -80,8 +123,10 @@ def prepare_folder(out: Path, *, parameters: int, clear: bool) -> None:
         raise CheckpointError(explain(f"--out {out}", "a folder to write to", error.strerror or error)) from error
 
 
-def open_run(out: Path, config: dict[str, Any], corpus: str, *, step: int) -> None:
-    """Writes `run.json` and takes out what a resumed run is about to write again: later lines of the log, the result.
+def open_run(out: Path, config: dict[str, Any], corpus: str, tokenizer: Tokenizer, *, step: int) -> None:
+    """Writes `run.json` and the tokenizer, and takes out what a resumed run is about to write again.
+
+    That is what the log holds of later steps, and the result.
 
     Raises:
         CheckpointError: the folder cannot be written to.
@@ -89,6 +134,7 @@ def open_run(out: Path, config: dict[str, Any], corpus: str, *, step: int) -> No
     log = out / LOG_FILE
     try:
         (out / RESULT_FILE).unlink(missing_ok=True)
+        tokenizer.save(out)
         write_json(out / RUN_FILE, {"schema": SCHEMA, "config": config, "corpus": corpus})
         if log.exists():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -117,18 +163,36 @@ def latest(out: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    found = {step: item for item in (out.iterdir() if out.is_dir() else ()) if (step := _step(item)) is not None}
+    found = _checkpoints(out)
     if not found:
         remedy = "check --out, or leave --resume away to start a run"
         raise CheckpointError(explain(f"--out {out}", "a run with a checkpoint in it", "none", remedy))
     return found[max(found)]
 
 
-def save(out: Path, model: SynapseModel, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Writes the checkpoint of this step and removes older ones; what was there stays until the new one is complete.
+def save(
+    out: Path,
+    model: SynapseModel,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    keep: int = 1,
+    state: SynapseState | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
+    """Writes the checkpoint of this step, then removes old ones; what was there stays until the new one is complete.
+
+    Args:
+        out: the run's folder.
+        model: the weights.
+        optimizer: its averages.
+        progress: how far the run is; its `best_step` is kept besides the newest.
+        keep: how many of the newest are kept.
+        state: what is carried to the next window, all rows of the batch.
+        tokenizer: the model's.
 
     Raises:
-        CheckpointError: it could not be written; the one before it is untouched.
+        CheckpointError: it could not be written; the ones before it are untouched.
     """
     final = out / f"step-{progress.step:08d}"
     if final.is_dir():
@@ -143,15 +207,20 @@ def save(out: Path, model: SynapseModel, optimizer: torch.optim.Optimizer, progr
             aside / TRAINER_TENSORS,
             metadata={"schema": str(SCHEMA), "step": str(progress.step)},
         )
+        if state is not None:
+            state.save(aside / STATE_FILE)
+        if tokenizer is not None:
+            tokenizer.save(aside)
         write_json(aside / TRAINER_FILE, {"schema": SCHEMA, **asdict(progress)})
         aside.rename(final)
-        for item in list(out.iterdir()):
-            if item != final and _step(item) is not None:
-                shutil.rmtree(item)
+        found = _checkpoints(out)
+        for step in sorted(found)[:-keep]:
+            if step != progress.best_step:
+                shutil.rmtree(found[step])
     except CheckpointError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StateError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         remedy = "free some space or check permissions; earlier checkpoints are untouched"
         raise CheckpointError(explain(str(final), "a checkpoint written", error, remedy)) from error
@@ -171,6 +240,9 @@ def restore(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer)
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         progress = Progress(**{name: values[name] for name in ("step", "seconds", "skipped")})
+        progress = replace(
+            progress, **{name: values[name] for name in ("best", "best_step", "carried") if name in values}
+        )
         restore_optimizer(model, optimizer, tensors)
     except (OSError, SafetensorError, KeyError, ConfigError) as error:
         raise CheckpointError(explain(str(path), "the trainer's state", error, "start a new run")) from error
@@ -212,8 +284,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _own_items(out: Path) -> list[Path]:
     """What of `out` belongs to a run."""
-    names = (RUN_FILE, LOG_FILE, RESULT_FILE)
+    names = (RUN_FILE, LOG_FILE, RESULT_FILE, CURVES_FILE, TOKENIZER_FILE, TRACKERS_FOLDER)
     return [item for item in out.iterdir() if item.name in names or _step(item) is not None] if out.is_dir() else []
+
+
+def _checkpoints(out: Path) -> dict[int, Path]:
+    """The checkpoints in `out` by their steps."""
+    return {step: item for item in (out.iterdir() if out.is_dir() else ()) if (step := _step(item)) is not None}
 
 
 def _step(item: Path) -> int | None:

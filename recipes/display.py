@@ -21,12 +21,13 @@ class ProgressBar:
         step: steps behind at the start.
         seconds: wall time behind at the start.
         shown: False on all processes but the main one.
+        token_bytes: bytes of text a token stands for, on average.
     """
 
-    def __init__(self, config: RunConfig, *, step: int, seconds: float, shown: bool) -> None:
+    def __init__(self, config: RunConfig, *, step: int, seconds: float, shown: bool, token_bytes: float = 1.0) -> None:
         self.config, self.loss = config, math.nan
         self.first = (step, seconds)
-        self.rate = 0.0
+        self.rate, self.token_bytes = 0.0, token_bytes
         self.bar = tqdm(
             total=config.steps or round(60 * config.minutes, 1),
             initial=step if config.steps else round(seconds, 1),
@@ -55,7 +56,8 @@ class ProgressBar:
         else:
             left = max(60 * self.config.minutes - seconds, 0.0)
             done = seconds
-        text = f"loss {self.loss:.3f} · {self.loss / math.log(2):.3f} bits/byte"  # all of it fits into 80 columns
+        bits = self.loss / math.log(2) / self.token_bytes
+        text = f"loss {self.loss:.3f} · {bits:.3f} bits/byte"  # all of it fits into 80 columns
         self.bar.set_description_str(f"{text} · {self.rate:,.0f} tokens/s · {clock(left)} left", refresh=False)
         self.bar.update(min(done, self.bar.total) - self.bar.n)
 

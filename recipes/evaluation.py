@@ -42,6 +42,7 @@ def held_out_bits(
     model: SynapseModel,
     stream: Tensor,
     *,
+    sizes: Tensor | None = None,
     windows: int | None = None,
     rank: int = 0,
     world: int = 1,
@@ -55,6 +56,7 @@ def held_out_bits(
     Args:
         model: the model, in evaluation mode; its device is used.
         stream: (n,) ids with separators, from `recipes.data.to_stream`.
+        sizes: (V,) bytes of text each id stands for, as `Tokenizer.sizes`; None is one for all but the separator.
         windows: how many windows of each row to read; None reads all.
         rank: this process, which reads every `world`-th row from here.
         world: number of processes; the sums over them are the whole.
@@ -78,7 +80,8 @@ def held_out_bits(
             out.logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORED, reduction="none"
         )
         bits += nats.double().sum().cpu() / math.log(2)
-        count += int(((target != SEPARATOR) & (target != IGNORED)).sum())
+        read = target[target != IGNORED]
+        count += int((read != SEPARATOR).sum() if sizes is None else sizes[read.cpu()].sum())
         state = out.state
     return Bits(float(bits), count)
 

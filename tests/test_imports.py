@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("synapse_arch", "recipes", "merge")
 BASE = {"torch", "einops", "safetensors"}
-TRAIN = BASE | {"accelerate", "tqdm"}
+TRAIN = BASE | {"accelerate", "filelock", "tqdm"}
+HF = BASE | {"tokenizers", "transformers"}
 MERGE = BASE | {"numpy"}  # which safetensors[torch] brings along
 OPTIONAL = (
     "accelerate", "datasets", "fastapi", "hypothesis", "matplotlib", "mergekit", "optuna", "peft", "pytest", "scipy",
@@ -77,7 +78,8 @@ def test_imports_point_one_way(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_only_declared_dependencies_are_imported(module: str) -> None:
-    allowed = {"recipes": TRAIN, "merge": MERGE}.get(module.split(".")[0], BASE)
+    part = "synapse_arch.hf" if module == "synapse_arch.hf" else module.split(".")[0]
+    allowed = {"recipes": TRAIN, "merge": MERGE, "synapse_arch.hf": HF}.get(part, BASE)
     for name in imports(module, MODULES[module], top=True):
         root = name.split(".")[0]
         assert root in sys.stdlib_module_names or root in PACKAGES or root in allowed, f"{module} imports {name}"

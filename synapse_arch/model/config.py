@@ -89,6 +89,24 @@ class SynapseConfig:
             _assign(data, path, value)
         return cls.from_dict(data)
 
+    @classmethod
+    def auto(cls, *, tokens: int, memory: int | None = None, vocab_size: int = 256, **step: int) -> SynapseConfig:
+        """The largest model that a machine can train and a text can fill; `autosize.choose` also says why.
+
+        Args:
+            tokens: of text to train on.
+            memory: bytes there are for the training; None for what is free, on the GPU where there is one.
+            vocab_size: the tokenizer's.
+            step: batch_size and length of a training step.
+
+        Raises:
+            ConfigError: no size fits, or the system does not say how much memory it has.
+        """
+        from synapse_arch.model import autosize  # it builds models, which are made from this module
+
+        room = autosize.available_memory() if memory is None else memory
+        return autosize.choose(memory=room, tokens=tokens, vocab_size=vocab_size, **step).config
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts, lists and numbers; what `from_dict` takes and JSON holds."""
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}

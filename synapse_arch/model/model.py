@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from synapse_arch.errors import ShapeError, StateError, explain
 from synapse_arch.introspection.joining import join_traces
@@ -86,6 +88,9 @@ class SynapseModel(nn.Module):
     ((2, 16, 256), ['balance', 'language', 'z'])
     """
 
+    recompute = False
+    """Layers are computed again in the backward pass instead of being remembered: less memory, the same bits."""
+
     def __init__(self, config: SynapseConfig) -> None:
         super().__init__()
         self.config = config
@@ -128,6 +133,7 @@ class SynapseModel(nn.Module):
         mask: Tensor | None = None,
         trace: TraceSpec | None = None,
         logits_to_keep: int = 0,
+        reduce_load: Callable[[Tensor], Tensor] | None = None,
     ) -> SynapseOutput:
         """Reads tokens, predicts the next ones.
 
@@ -139,6 +145,7 @@ class SynapseModel(nn.Module):
             mask: (B, T) bool; False marks padding, which neither changes the state nor counts in a loss.
             trace: what to record on the way. The outputs are the same bits with and without.
             logits_to_keep: predict only at so many last positions; 0 means at all.
+            reduce_load: sums the experts' loads (L, E) over processes; the balance loss then counts all their tokens.
 
         Returns:
             SynapseOutput.
@@ -157,14 +164,18 @@ class SynapseModel(nn.Module):
         x = passes[0].x if len(passes) == 1 else torch.cat([one.x for one in passes], dim=1)
         routings = [_join(parts) for parts in zip(*(one.routings for one in passes), strict=True)]
         logits = self.head(self.norm(x[:, -logits_to_keep:]) * self.logit_scale)
-        losses = {} if targets is None else self._losses(logits, targets, routings, mask)
+        load = self._load(routings)
+        losses = {}
+        if targets is not None:
+            shared = reduce_load(load) if reduce_load is not None and load is not None else load
+            losses = self._losses(logits, targets, routings, mask, shared)
         return SynapseOutput(
             logits=logits,
             state=passes[-1].state,
             loss=sum(losses.values(), start=logits.new_zeros(())) if losses else None,
             losses=losses,
             trace=self._join_traces(passes, trace),
-            expert_load=self._load(routings),
+            expert_load=load,
         )
 
     def stream(self, ids: Tensor, state: SynapseState | None = None, **options: Any) -> generation.TokenStream:
@@ -225,7 +236,11 @@ class SynapseModel(nn.Module):
         x = self.embedding(ids)
         states, routings, records = [], [], []
         for layer, remembered in zip(self._layers(), before.layers, strict=True):
-            out = layer(x, remembered, segment_ids=segment_ids, mask=mask, trace=spec)
+            options: dict[str, Any] = {"segment_ids": segment_ids, "mask": mask, "trace": spec}
+            if self.recompute and torch.is_grad_enabled():
+                out = recomputed(layer, x, remembered, use_reentrant=False, **options)
+            else:
+                out = layer(x, remembered, **options)
             x = out.x
             states.append(out.state)
             routings.append(out.routing)
@@ -239,7 +254,12 @@ class SynapseModel(nn.Module):
         return _Pass(x, SynapseState(tuple(states), before.position + read), routings, trace)
 
     def _losses(
-        self, logits: Tensor, targets: Tensor, routings: list[Routing | None], mask: Tensor | None
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        routings: list[Routing | None],
+        mask: Tensor | None,
+        load: Tensor | None,
     ) -> dict[str, Tensor]:
         targets = targets[:, -logits.shape[1] :]
         if mask is not None:
@@ -247,9 +267,10 @@ class SynapseModel(nn.Module):
         nats = next_token_nats(wide(logits), targets)
         losses = {"language": nats / (targets != IGNORED).sum().clamp(min=1)}
         routed = [routing for routing in routings if routing is not None]
-        if routed:
+        if routed and load is not None:
             c = self.config.thalamus
-            balance = torch.stack([load_balance_loss(routing, mask) for routing in routed]).mean()
+            pairs = zip(routed, load, strict=True)
+            balance = torch.stack([load_balance_loss(routing, mask, load=counts) for routing, counts in pairs]).mean()
             z = torch.stack([router_z_loss(routing, mask) for routing in routed]).mean()
             losses |= {"balance": c.load_balance * balance, "z": c.z_loss * z}
         return losses

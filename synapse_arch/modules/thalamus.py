@@ -284,13 +284,19 @@ class Thalamus(nn.Module):
         self.router_bias += self.config.bias_rate * torch.sign(share.mean() - share)
 
 
-def load_balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+def load_balance_loss(routing: Routing, mask: Tensor | None = None, *, load: Tensor | None = None) -> Tensor:
     """E · Σ_e f_e P_e (Fedus et al. 2021, eq. 4): 1 when perfectly balanced.
 
     f_e is the share of assignments that went to expert e, P_e its mean router probability.
+
+    Args:
+        routing: where the tokens went.
+        mask: (B, T) bool; False positions do not count.
+        load: (E,) assignments that f is taken from; None means those of `routing`. With the load of all processes, each
+            with as many tokens, the mean of their losses is the loss of all tokens together.
     """
     experts = routing.logits.shape[-1]
-    share = expert_load(routing.indices, experts).to(routing.logits.dtype)
+    share = (expert_load(routing.indices, experts) if load is None else load).to(routing.logits.dtype)
     share = share / share.sum().clamp(min=1)
     return experts * (share * _token_mean(routing.logits.softmax(-1), mask)).sum()
 

@@ -123,7 +123,7 @@ def test_unreadable_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_too_short_a_text_is_refused() -> None:
-    with pytest.raises(DataError, match="more than 4 bytes"):
+    with pytest.raises(DataError, match="more than 4 tokens"):
         Windows(torch.zeros(4, dtype=torch.uint8), length=4, batch_size=1, seed=0)
 
 

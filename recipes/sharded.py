@@ -1,0 +1,137 @@
+"""Models larger than a device: FSDP2 shards, and checkpoints of which every process writes its own part.
+
+    model = shard(SynapseModel(config))          parameters, gradients and averages spread over the processes
+    optimizer = adamw(model, ...)                made after sharding
+    save(folder, model, optimizer)               torch.distributed.checkpoint, a file a process
+    load(folder, model, optimizer)               over as many processes as there are now
+    python -m recipes.sharded FOLDER OUT         the whole model as safetensors, for SynapseModel.from_pretrained
+
+Needs a process group: gloo on CPUs, nccl on GPUs. The index that torch.distributed.checkpoint writes is a pickle: load
+only folders you trust. What `convert` writes is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as read_shards
+from torch.distributed.checkpoint.state_dict_saver import save as write_shards
+from torch.distributed.fsdp import fully_shard
+
+from recipes.checkpoint import read_json, write_json
+from synapse_arch import SynapseConfig, SynapseModel
+from synapse_arch.errors import CheckpointError, SynapseError, explain
+
+CONFIG_FILE = "config.json"
+EPILOG = """examples:
+  python -m recipes.sharded runs/large/shards runs/large/model    a folder for SynapseModel.from_pretrained
+"""
+
+
+def shard(model: SynapseModel, **options: Any) -> SynapseModel:
+    """Spreads a model over the processes, layer by layer; a layer is whole only while it computes.
+
+    Args:
+        model: with equal weights in all processes; changed in place.
+        options: of `torch.distributed.fsdp.fully_shard`, such as mesh and mp_policy.
+
+    Returns:
+        The model.
+    """
+    for layer in model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def save(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer) -> None:
+    """Writes weights and averages; every process calls it. The folder is there whole or not at all.
+
+    Args:
+        folder: must not exist yet.
+        model: sharded or not.
+        optimizer: over its parameters.
+
+    Raises:
+        CheckpointError: the folder exists, or could not be written.
+    """
+    if folder.exists():
+        raise CheckpointError(explain(str(folder), "a new folder", "one that exists", "choose another name"))
+    aside = folder.with_name(f".{folder.name}")
+    weights, averages = get_state_dict(model, optimizer)
+    try:
+        write_shards({"model": weights, "optimizer": averages}, checkpoint_id=aside)
+        if distributed.get_rank() == 0:
+            write_json(aside / CONFIG_FILE, model.config.to_dict())
+            aside.rename(folder)
+    except (OSError, CheckpointException) as error:
+        remedy = "free some space or check permissions"
+        raise CheckpointError(explain(str(folder), "a checkpoint written", error, remedy)) from error
+    distributed.barrier()
+
+
+def load(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer) -> None:
+    """Reads what `save` wrote, each process its shards; the number of processes may be another.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or of another model.
+    """
+    weights, averages = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": weights, "optimizer": averages}
+    _read(folder, state)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def convert(folder: Path, out: Path) -> SynapseModel:
+    """The whole model of a sharded checkpoint, in one process, and its safetensors in `out`.
+
+    Raises:
+        CheckpointError: the folder is missing or damaged, or `out` cannot be written.
+    """
+    model = SynapseModel(SynapseConfig.from_dict(read_json(folder / CONFIG_FILE)))
+    _read(folder, {"model": model.state_dict()}, no_dist=True)  # in place: the dict holds the model's own tensors
+    model.save_pretrained(out)
+    return model
+
+
+def _read(folder: Path, state: dict[str, Any], *, no_dist: bool = False) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
+            read_shards(state, checkpoint_id=folder, no_dist=no_dist)
+    except (OSError, CheckpointException, RuntimeError, ValueError) as error:
+        remedy = "check the path; it must hold a sharded checkpoint of this model"
+        message = " ".join(str(error).split())
+        raise CheckpointError(explain(str(folder), "a sharded checkpoint", message, remedy)) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Converts a sharded checkpoint; returns 0, or 2 after an error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.sharded",
+        description="Make one model folder of a sharded checkpoint.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="what recipes.sharded.save wrote")
+    parser.add_argument("out", type=Path, help="folder of the model to write")
+    options = parser.parse_args(argv)
+    try:
+        convert(options.folder, options.out)
+    except SynapseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"SynapseModel.from_pretrained({str(options.out)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""FSDP2 over two gloo processes: the steps of one process, a checkpoint that comes back, and a whole model from it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes import sharded
+from recipes.optim import adamw, set_lr
+from synapse_arch import SynapseConfig, SynapseModel
+from tests.recipes.running import ROOT
+
+SIZES = {
+    "vocab_size": 32, "d_model": 16, "n_layers": 2, "thalamus.d_state": 4, "thalamus.head_dim": 8, "thalamus.top_k": 4,
+    "experts.n_experts": 4, "experts.d_expert": 16, "xlstm.n_heads": 2, "memory.n_heads": 2, "memory.d_key": 4,
+    "memory.d_value": 4, "thalamus.load_balance": 0.0,
+}  # fmt: skip
+
+
+def fresh() -> SynapseModel:
+    torch.manual_seed(0)
+    return SynapseModel(SynapseConfig.preset("tiny", **SIZES)).train()
+
+
+def step(model: SynapseModel, optimizer: torch.optim.Optimizer, number: int, rank: int, world: int) -> None:
+    ids = torch.randint(32, (4, 25), generator=torch.Generator().manual_seed(number)).chunk(world)[rank]
+    set_lr(optimizer, 1e-3)
+    loss = model(ids[:, :-1], targets=ids[:, 1:]).loss
+    assert loss is not None
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trained(model: SynapseModel) -> torch.optim.Optimizer:
+    return adamw(model, weight_decay=0.1, betas=(0.9, 0.95))
+
+
+def work(folder: Path) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model = sharded.shard(fresh())
+    optimizer = trained(model)
+    for number in range(2):
+        step(model, optimizer, number, rank, world)
+    sharded.save(folder / "shards", model, optimizer)
+    again = sharded.shard(fresh())
+    second = trained(again)
+    sharded.load(folder / "shards", again, second)
+    for one, other in ((model, optimizer), (again, second)):
+        step(one, other, 2, rank, world)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one.to_local(), other.to_local())  # type: ignore[attr-defined]
+    held = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]
+    assert held < 0.6 * sum(parameter.numel() for parameter in model.parameters())
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_train_save_load_and_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = f"from pathlib import Path; from tests.recipes.test_sharded import work; work(Path({str(tmp_path)!r}))"
+    (tmp_path / "work.py").write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command.append(str(tmp_path / "work.py"))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["shards", "work.py"]
+    assert sharded.main([str(tmp_path / "shards"), str(tmp_path / "model")]) == 0
+    whole = SynapseModel.from_pretrained(tmp_path / "model")
+    expected = fresh()
+    optimizer = trained(expected)
+    for number in range(2):
+        step(expected, optimizer, number, 0, 1)
+    for (name, parameter), other in zip(whole.named_parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(parameter, other, atol=2e-5), name
+    assert not torch.equal(whole.head.weight, fresh().head.weight)
+    assert sharded.main([str(tmp_path / "none"), str(tmp_path / "model")]) == 2
+    assert "none" in capsys.readouterr().err

@@ -86,7 +86,9 @@ def test_flops_in_chunks_are_those_of_a_counter(case: str) -> None:
     ids = torch.randint(VOCABULARY, (2, 128))  # whole chunks of every mixer
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(ids)
-    assert accounting.flops_per_token(model.config, chunked=True) == counter.get_total_flops() / ids.numel()
+    by_operation = counter.get_flop_counts()["Global"]
+    counted = counter.get_total_flops() - by_operation.get(torch.ops.aten.convolution, 0)  # short ones do not count
+    assert accounting.flops_per_token(model.config, chunked=True) == counted / ids.numel()
 
 
 @cases

@@ -314,12 +314,8 @@ class SynapseForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _float32_names(self) -> Iterator[str]:
         """What stays float32 when a model is loaded narrower: decay rates, routers, and their biases."""
-        for name, parameter in self.named_parameters():
-            if getattr(parameter, "_keep_float32", False):
-                yield name
-        for name, buffer in self.named_buffers():
-            if buffer.is_floating_point():
-                yield name
+        yield from (name for name, one in self.named_parameters() if getattr(one, "_keep_float32", False))
+        yield from (name for name, one in self.named_buffers() if one.is_floating_point())
 
     def _restore_marks(self) -> None:
         """Gives the parameters the marks (no weight decay, float32) that loading into new ones has lost."""
@@ -355,15 +351,10 @@ def model_card(model: SynapseForCausalLM) -> str:
     parts = accounting.parameters(model.model)
     rows = "\n".join(f"| {name} | {count:,} |" for name, count in sorted(parts.items()))
     return CARD_TEXT.format(
-        layers=core.n_layers,
-        width=core.d_model,
-        vocabulary=core.vocab_size,
-        rows=rows,
-        total=sum(parts.values()),
-        active=accounting.active_parameters(model.model),
-        state=accounting.state_bytes(core),
+        layers=core.n_layers, width=core.d_model, vocabulary=core.vocab_size, rows=rows, total=sum(parts.values()),
+        active=accounting.active_parameters(model.model), state=accounting.state_bytes(core),
         config=json.dumps(core.to_dict(), indent=2),
-    )
+    )  # fmt: skip
 
 
 def _mask(attention_mask: Tensor) -> Tensor | None:

@@ -110,6 +110,15 @@ def routing() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def consolidation() -> dict[str, Any]:
+    """What two gains did to one model."""
+    found = {"off": 2.0, "on": [-0.001, 0.02], "misplaced": [0.002, 0.05], "changed": [0.03, 0.2]}
+    return {
+        "commit": "0" * 40, "machine": PLACE, "config": {}, "seed": 0, "bytes": 4096, "read": 4096,
+        "gains": [0.25, 1.0], "models": [], "summary": found,
+    }  # fmt: skip
+
+
 def memory() -> dict[str, Any]:
     """A report of three memories with two points a curve."""
 

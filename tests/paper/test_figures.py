@@ -10,7 +10,7 @@ import pytest
 from paper import build, document, tables
 from tests.paper import fixture
 
-PARTS = {"memory": fixture.memory, "routing": fixture.routing}
+PARTS = {"memory": fixture.memory, "routing": fixture.routing, "consolidation": fixture.consolidation}
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ TASKS = (
         make_length=parity_of_length,
         protocols={
             "cpu": Protocol(
-                train_examples=None, test_examples=1024, batch_size=64, steps=2000, lrs=(3e-3,),
+                train_examples=None, test_examples=1024, batch_size=64, steps=5000, lrs=(3e-3,),
                 weight_decays=(0.0,), d_model=128, n_layers=2, warmup=0.1, stop_at=1.0, eval_every=100,
                 test_lengths=(40, 64, 128, 256),
             ),

@@ -1,7 +1,7 @@
 """Longer runs on bytes: what `recipes/train.py` reached on the built-in corpus, as a record beside the compressors.
 
-    accelerate launch recipes/train.py --preset tiny --minutes 5 --out runs/five
-    python -m benchmarks.quality.longer runs/five
+First accelerate launch recipes/train.py --minutes 5 --out runs/five
+then  python -m benchmarks.quality.longer runs/five
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def record(folder: Path) -> dict[str, Any]:
     stored, corpus = read_run(folder)
     run = RunConfig.from_dict(stored)
     if run.data is not None or run.tokenizer != "bytes":
-        got = f"{run.data or 'the built-in corpus'}, tokenizer {run.tokenizer}"
-        raise ConfigError(explain(str(folder), "bytes of the built-in corpus", got, "train without --data, --tokenizer"))
+        got, remedy = f"{run.data or 'the built-in corpus'}, tokenizer {run.tokenizer}", "leave both options out"
+        raise ConfigError(explain(str(folder), "bytes of the built-in corpus", got, remedy))
     if not (folder / RESULT_FILE).exists():
         raise ConfigError(explain(str(folder), f"{RESULT_FILE} of a finished run", "none", "end it with --resume"))
     result, place = read_json(folder / RESULT_FILE), environment()

@@ -65,7 +65,7 @@ def _task(length: int, pairs: int, published: dict[str, float], bar: float | Non
         make=partial(mqar, length=length, pairs=pairs),
         protocols={
             "cpu": Protocol(
-                train_examples=None, test_examples=500, batch_size=32, steps=1500, lrs=(3e-3, 1e-2),
+                train_examples=None, test_examples=500, batch_size=32, steps=3000, lrs=(3e-3, 1e-2),
                 weight_decays=(0.1,), d_model=64, n_layers=2, warmup=0.05, stop_at=0.995, eval_every=100,
             ),
             "published": Protocol(

@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format demo bench paper clean
+.PHONY: help venv test check format demo bench peers paper clean
 
 help:  ## show this
 	@echo "synapse_arch: make TARGET"
@@ -51,6 +51,9 @@ demo: $(STAMP)  ## train the tiny model on Python's own source (10 minutes on 2 
 
 bench: $(STAMP)  ## measure the core: exactness, streaming, speed, memory, linearity
 	@$(BIN)/python -m benchmarks.core $(ARGS)
+
+peers: $(STAMP)  ## measure speed beside transformers' models and the machine's limits
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
 paper: $(STAMP)  ## build the paper (text, tables, figures, PDF) from paper/results
 	@$(BIN)/python -m paper.build

@@ -1,0 +1,1 @@
+"""Speed against what a user would otherwise run, and against the machine's limits."""

@@ -1,0 +1,109 @@
+"""Speed beside the peers, and beside the machine's limits, in one table.
+
+    python -m benchmarks.peers                      all of it, and benchmarks/results/peers-<processor>.json
+    python -m benchmarks.peers --quick              small sizes: shows that everything runs
+    python -m benchmarks.peers --only ops decoding  parts of it
+
+Every figure is a ratio of times taken in turn in one run. No function is timed before its outputs and gradients equal
+the peer's. The exit status is 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from benchmarks.measure import ROOT, Figure, environment, machine_slug, table
+from benchmarks.peers import functions, language, parts
+from synapse_arch import SynapseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is measured; the defaults are what the goals are about."""
+
+    small: SynapseConfig = field(default_factory=lambda: SynapseConfig(vocab_size=4096, d_model=256, n_layers=4))
+    large: SynapseConfig = field(default_factory=lambda: SynapseConfig.preset("small", n_layers=6))
+    shapes: tuple[tuple[int, int], ...] = functions.SHAPES
+    looped: int = 512
+    peaks: bool = True
+    rounds: int = 9
+    lengths: tuple[int, ...] = (512, 4096)
+    prefill: tuple[int, ...] = (2048, 16384, 65536)
+    batches: tuple[int, ...] = (1, 8)
+    read: tuple[int, ...] = (64, 4096, 65536)
+    peers_read: tuple[int, ...] = (64, 4096)
+    steps: int = 100
+    cases: tuple[tuple[int, int, int], ...] = parts.CASES
+
+
+QUICK = Sizes(
+    small=SynapseConfig(vocab_size=256, d_model=128, n_layers=1), large=SynapseConfig(vocab_size=512, n_layers=1),
+    shapes=((1, 128),), looped=32, peaks=False, rounds=3, lengths=(64,), prefill=(128, 256), batches=(1,),
+    read=(16, 64), peers_read=(16,), steps=5, cases=((8, 2, 128),),
+)  # fmt: skip
+
+
+def _training(sizes: Sizes) -> list[Figure]:
+    figures = []
+    for label, config in (("d 256 x 4", sizes.small), ("100M", sizes.large)):
+        for length in sizes.lengths:
+            batch = 4 if length <= 512 and config is sizes.small else 1
+            rounds = sizes.rounds if config is sizes.small else max(3, sizes.rounds // 3)
+            figures += language.training(config, label=label, batch=batch, length=length, rounds=rounds)
+    return figures
+
+
+MEASUREMENTS: dict[str, Callable[[Sizes], list[Figure]]] = {
+    "ops": lambda s: functions.measure(s.shapes, s.rounds, looped=s.looped, peaks=s.peaks),
+    "training": _training,
+    "prefill": lambda s: language.prefill(s.small, lengths=s.prefill, rounds=s.rounds),
+    "decoding": lambda s: language.decoding(
+        s.small, batches=s.batches, lengths=s.read, peer_lengths=s.peers_read, steps=s.steps
+    ),
+    "dispatch": lambda s: parts.dispatch(s.cases, s.rounds),
+    "memory": lambda s: (
+        [] if not s.peaks else language.training_memory(s.small, label="d 256 x 4", length=s.lengths[-1])
+    ),
+    "start": lambda s: parts.start(s.rounds),
+}
+"""Everything that can be measured, in order."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints the table, writes the file; 1 where a goal was missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, a minute; nothing is judged but equality")
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=[], metavar="PART", help="only some parts")
+    parser.add_argument("--out", type=Path, help="where the JSON goes; a whole run goes to benchmarks/results/")
+    options = parser.parse_args(arguments)
+    functions.quiet()
+    place, sizes = environment(), QUICK if options.quick else Sizes()
+    wanted = [name for name in MEASUREMENTS if not options.only or name in options.only]
+    figures: list[Figure] = []
+    for index, name in enumerate(wanted):
+        print(f"[{index + 1}/{len(wanted)}] {name} ...", file=sys.stderr)
+        figures += MEASUREMENTS[name](sizes)
+    if options.quick:
+        figures = [figure if figure.exact else replace(figure, goal=None) for figure in figures]
+    print(f"{place['cpu']}, {place['threads']} threads, torch {place['torch']}, {place['dtype']}")
+    print(table(figures))
+    path = options.out
+    if path is None and not (options.quick or options.only):
+        path = ROOT / "benchmarks" / "results" / f"peers-{machine_slug(place)}.json"
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report = {"environment": place, "figures": [figure.to_dict() for figure in figures]}
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {path}", file=sys.stderr)
+    return int(any(figure.met is False for figure in figures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

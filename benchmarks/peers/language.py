@@ -1,0 +1,209 @@
+"""Whole models: training, prefill, decoding and memory, beside transformers' models of equal active size."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Figure, interleaved, peak_bytes, progress, seconds
+from benchmarks.peers import models
+from benchmarks.peers.limits import bandwidth, matrix_rate
+from recipes.malloc import keep_freed_memory
+from synapse_arch import SynapseConfig, SynapseModel
+from synapse_arch.model.accounting import active_parameters
+
+WINDOW = 2048
+"""Tokens a call while a long prompt is read."""
+SHORT, LONG = 512, 4096
+TRAIN_GOALS = {
+    SHORT: {"llama": 1.1, "mixtral": 1.1, "mamba2": 3.0},
+    LONG: {"llama": 1.5, "mixtral": 1.5, "mamba2": 3.0},
+}
+DECODE_GOALS = {64: 2.0, 4096: 5.0}
+
+
+def training(config: SynapseConfig, *, label: str, batch: int, length: int, rounds: int) -> list[Figure]:
+    """Tokens/s times active parameters, over each peer's, and over the rate of a matrix product.
+
+    A round times every model and the product in turn.
+    """
+    keep_freed_memory()
+    torch.manual_seed(0)
+    ids = torch.randint(config.vocab_size, (batch, length + 1))
+    jobs: dict[str, Callable[[], object]] = {"ours": _our_step(config, ids)}
+    sizes = {"ours": active_parameters(config)}
+    for name, make in models.PEERS.items():
+        model = make(config).train()
+        jobs[name], sizes[name] = models.training_step(model, ids), models.active(model)
+    size, a, b = 2048, *torch.randn(2, 2048, 2048)
+    jobs["product"] = lambda: torch.mm(a, b)
+    times = interleaved(jobs, rounds, f"training, {label}, T {length}")
+    rate = {name: [6 * sizes[name] * batch * length / value for value in times[name]] for name in sizes}
+    product = [2 * size**3 / value for value in times["product"]]
+    what = f"training, {label}, B {batch}, T {length:,}"
+    details = {"active parameters": sizes, "seconds": times}
+    figures = [
+        Figure(
+            what=f"{what}: 6 x active parameters x tokens/s over the matrix-product rate",
+            values=_over(rate["ours"], product), unit="share", goal=0.7, better="more", details=details,
+        )
+    ]  # fmt: skip
+    for name in models.PEERS:
+        goal = TRAIN_GOALS.get(length, {}).get(name)
+        ratio = f"{what}: active parameters x tokens/s over {name}'s"
+        figures.append(
+            Figure(what=ratio, values=_over(rate["ours"], rate[name]), unit="ratio", goal=goal, better="more")
+        )
+    return figures
+
+
+def training_memory(config: SynapseConfig, *, label: str, length: int) -> list[Figure]:
+    """What two training steps add to a fresh process, over Mixtral's."""
+    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    found = {}
+    for name in ("ours", "mixtral"):
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            found[name] = pool.submit(_training_peak, name, config, length, threads).result()
+    what = f"training, {label}, B 1, T {length:,}: memory over mixtral's"
+    values = (found["ours"] / found["mixtral"],)
+    return [Figure(what=what, values=values, unit="ratio", goal=0.7, details={"bytes": found})]
+
+
+def prefill(config: SynapseConfig, *, lengths: Sequence[int], rounds: int) -> list[Figure]:
+    """Reading a prompt: the share of the matrix rate at the first length, the time a token at the others over it."""
+    torch.manual_seed(0)
+    model = SynapseModel(config).eval()
+    ids = torch.randint(config.vocab_size, (1, max(lengths)))
+    first, *rest = lengths
+
+    def run(length: int) -> Callable[[], object]:
+        def read() -> None:
+            with torch.inference_mode():
+                model(ids[:, :length], logits_to_keep=1)
+
+        return read
+
+    rates, shares = [matrix_rate()], []
+    work = 2 * (active_parameters(config) - config.vocab_size * config.d_model) * first  # one position has logits
+    run(first)()
+    for _ in progress(range(rounds), "prefill"):
+        shares.append(work / seconds(run(first)))
+        rates.append(matrix_rate(rounds=1))
+    figures = [
+        Figure(
+            what=f"prefill, T {first:,}: 2 x active parameters x tokens/s over the matrix-product rate",
+            values=_over(shares, rates[1:]), unit="share", goal=0.75, better="more",
+        )
+    ]  # fmt: skip
+    for length in rest:
+        times = interleaved({"first": run(first), "long": run(length)}, max(3, rounds // 3), f"prefill, T {length:,}")
+        ratio = tuple(b * first / (a * length) for a, b in zip(times["first"], times["long"], strict=True))
+        what = f"prefill: time a token at T {length:,} over T {first:,}"
+        figures.append(Figure(what=what, values=ratio, unit="ratio", goal=1.15))
+    return figures
+
+
+def decoding(
+    config: SynapseConfig, *, batches: Sequence[int], lengths: Sequence[int], peer_lengths: Sequence[int], steps: int
+) -> list[Figure]:
+    """A step of one token: share of the reading limit, speed over the peers', growth with what was read."""
+    figures = []
+    for batch in batches:
+        torch.manual_seed(0)
+        model = SynapseModel(config).eval()
+        ids = torch.randint(config.vocab_size, (batch, max(lengths)))
+        ours = {length: _our_decoder(model, ids[:, :length]) for length in lengths}
+        limit = _read_bytes(model, batch) / bandwidth()
+        times = interleaved({str(length): step for length, step in ours.items()}, steps, f"decoding, B {batch}")
+        first, *rest = lengths
+        what = f"decoding, B {batch}: time to read every active weight once over a step's, after {first:,} tokens"
+        values = tuple(limit / value for value in times[str(first)])
+        figures.append(Figure(what=what, values=values, unit="share", goal=0.6, better="more"))
+        for length in rest:
+            ratio = _over(times[str(length)], times[str(first)])
+            what = f"decoding, B {batch}: time a step after {length:,} tokens over after {first:,}"
+            figures.append(Figure(what=what, values=ratio, unit="ratio", goal=1.1))
+        for length in peer_lengths:
+            figures += _against(config, model, ids[:, :length], steps)
+    return figures
+
+
+def _against(config: SynapseConfig, model: SynapseModel, ids: Tensor, steps: int) -> list[Figure]:
+    """Our step against the attention models', all after the same tokens."""
+    jobs: dict[str, Callable[[], object]] = {"ours": _our_decoder(model, ids)}
+    for name in ("llama", "mixtral"):
+        jobs[name] = models.decoder(models.PEERS[name](config).eval(), ids)
+    batch, length = ids.shape
+    times = interleaved(jobs, steps, f"decoding after {length:,}")
+    gc.collect()
+    return [
+        Figure(
+            what=f"decoding, B {batch}, after {length:,} tokens: {name}'s time a step over ours",
+            values=_over(times[name], times["ours"]), unit="ratio", goal=DECODE_GOALS.get(length), better="more",
+            details={"seconds": {kind: statistics.median(found) for kind, found in times.items()}},
+        )
+        for name in ("llama", "mixtral")
+    ]  # fmt: skip
+
+
+def _our_step(config: SynapseConfig, ids: Tensor) -> Callable[[], None]:
+    model = SynapseModel(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss = model(ids[:, :-1], targets=ids[:, 1:]).loss
+        assert loss is not None
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _our_decoder(model: SynapseModel, ids: Tensor) -> Callable[[], None]:
+    with torch.inference_mode():
+        state = None
+        for piece in ids.split(WINDOW, dim=1):
+            state = model(piece, state, logits_to_keep=1).state
+
+    def step() -> None:
+        nonlocal state
+        with torch.inference_mode():
+            state = model(ids[:, :1], state).state
+
+    return step
+
+
+def _read_bytes(model: SynapseModel, batch: int) -> int:
+    """Bytes of weights that a step must read: all active ones, and of a batch every expert that a row may visit."""
+    pool = sum(p.numel() for name, p in model.named_parameters() if ".experts.w_" in name)
+    config = model.config
+    visited = min(1.0, batch * config.thalamus.top_k / max(1, config.n_experts))
+    chosen = config.thalamus.top_k / max(1, config.n_experts)
+    return round(4 * (active_parameters(model) + pool * (visited - chosen)))
+
+
+def _training_peak(name: str, config: SynapseConfig, length: int, threads: int) -> int:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, length + 1))
+    if name == "ours":
+        before, step = peak_bytes(), _our_step(config, ids)
+    else:
+        import transformers  # what its import takes is not counted  # noqa: F401
+
+        before, model = peak_bytes(), models.PEERS[name](config).train()
+        step = models.training_step(model, ids)
+    for _ in range(2):
+        step()
+    return peak_bytes() - before
+
+
+def _over(above: Sequence[float], below: Sequence[float]) -> tuple[float, ...]:
+    return tuple(a / b for a, b in zip(above, below, strict=True))

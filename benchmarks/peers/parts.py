@@ -1,0 +1,71 @@
+"""Expert dispatch against the dense product, and what importing the library costs."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Figure, interleaved
+from synapse_arch.ops import expert_swiglu
+
+D_MODEL, D_EXPERT = 256, 512
+
+
+def dispatch(cases: Sequence[tuple[int, int, int]], rounds: int) -> list[Figure]:
+    """Time of a dense SwiGLU of equal arithmetic over that of the experts.
+
+    Args:
+        cases: (experts, experts a token, tokens).
+        rounds: how often the pair is timed.
+    """
+    return [_dispatch(*case, rounds) for case in cases]
+
+
+def _dispatch(experts: int, chosen: int, tokens: int, rounds: int) -> Figure:
+    torch.manual_seed(0)
+    x = torch.randn(tokens, D_MODEL)
+    w_in = torch.randn(experts, D_MODEL, 2 * D_EXPERT) * D_MODEL**-0.5
+    w_out = torch.randn(experts, D_EXPERT, D_MODEL) * D_EXPERT**-0.5
+    indices = torch.rand(tokens, experts).topk(chosen).indices
+    weights = torch.full((tokens, chosen), 1 / chosen)
+    dense_in, dense_out = w_in[0], w_out[0]
+    rows = x.repeat(chosen, 1)
+
+    def dense() -> Tensor:
+        gate, up = (rows @ dense_in).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ dense_out
+
+    def sparse() -> Tensor:
+        return expert_swiglu(x, w_in, w_out, indices, weights)
+
+    with torch.inference_mode():
+        times = interleaved({"dense": dense, "sparse": sparse}, rounds, f"dispatch, {experts} experts")
+    each = tokens * chosen // experts
+    return Figure(
+        what=f"dispatch: {experts} experts, {chosen} a token, {each} rows an expert: dense time over ours",
+        values=tuple(a / b for a, b in zip(times["dense"], times["sparse"], strict=True)),
+        unit="share", goal=0.8 if each >= 64 else None, better="more",
+    )  # fmt: skip
+
+
+CASES = tuple(
+    (experts, chosen, 128 * experts // chosen) for experts in (8, 64, 256) for chosen in (1, 2, 16) if chosen <= experts
+)
+"""(experts, chosen, tokens) with 128 rows an expert."""
+
+
+def start(rounds: int) -> list[Figure]:
+    """Seconds that `import synapse_arch` adds to `import torch`, each in fresh interpreters."""
+    program = "import time, torch; a = time.perf_counter(); import synapse_arch; print(time.perf_counter() - a)"
+    found = []
+    for _ in range(rounds + 1):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        found.append(float(done.stdout))
+    what = "start: what import synapse_arch adds to import torch"
+    return [Figure(what=what, values=(statistics.median(found[1:]),), unit="seconds", goal=0.2)]

@@ -1,0 +1,100 @@
+"""The benchmark against peers: equal sizes, functions that are the same function, and jobs that do what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from benchmarks.peers import __main__ as program
+from benchmarks.peers import functions, language, models, parts
+from synapse_arch import SynapseConfig
+from synapse_arch.model.accounting import active_parameters
+
+TINY = SynapseConfig(vocab_size=64, d_model=64, n_layers=1)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    functions.quiet()
+
+
+@pytest.mark.parametrize("config", [program.Sizes().small, program.Sizes().large], ids=["small", "large"])
+@pytest.mark.parametrize("name", models.PEERS)
+def test_peers_are_as_large_as_ours(name: str, config: SynapseConfig) -> None:
+    """Feed-forwards come in sixteens; Mamba-2 comes in whole layers."""
+    with torch.device("meta"):
+        size = models.active(models.PEERS[name](config))
+    assert size == pytest.approx(active_parameters(config), rel=0.05 if name == "mamba2" else 0.01)
+
+
+def test_the_large_model_has_a_hundred_million_parameters() -> None:
+    with torch.device("meta"):
+        size = sum(p.numel() for p in models.mixtral(program.Sizes().large).parameters())
+    assert 0.8e8 < size < 2.5e8
+
+
+@pytest.mark.parametrize("name", functions.functions())
+def test_their_functions_are_ours(name: str) -> None:
+    function = functions.functions()[name]
+    for peer in (*function.peers.values(), function.loop):
+        assert functions.disagreement(function, peer, 1, 70) < functions.AGREE
+
+
+def test_another_function_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = functions.functions()["delta_rule"]
+    wrong = functions.Function(found.draw, found.ours, found.loop, {"wrong": lambda z: 1.001 * found.loop(z)})
+    monkeypatch.setattr(functions, "functions", lambda: {"delta_rule": wrong})
+    (figure,) = functions.measure([(1, 16)], 2, looped=8, peaks=False)
+    assert figure.met is False
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_step_after_a_prompt_is_the_next_position(name: str) -> None:
+    """What the timed step computes is what one pass over the whole text gives at its end."""
+    torch.manual_seed(0)
+    model = models.PEERS[name](TINY).eval()
+    ids = torch.randint(64, (2, 9))
+    seen = []
+    model.register_forward_hook(lambda *call: seen.append(call[-1].logits[:, -1]))
+    models.decoder(model, ids)()
+    with torch.inference_mode():
+        model(torch.cat([ids, ids[:, :1]], dim=1))
+    torch.testing.assert_close(seen[1], seen[2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_step_trains() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(64, (2, 9))
+    for name, make in models.PEERS.items():
+        model = make(TINY).train()
+        before = [p.detach().clone() for p in model.parameters()]
+        models.training_step(model, ids)()
+        assert any((a != b).any() for a, b in zip(before, model.parameters(), strict=True)), name
+
+
+def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(language, "matrix_rate", lambda *_, **__: 1e9)
+    monkeypatch.setattr(language, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(program, "QUICK", program.Sizes(
+        small=TINY, large=TINY, shapes=((1, 16),), looped=8, peaks=False, rounds=2, lengths=(16,), prefill=(16, 32),
+        batches=(1,), read=(8, 16), peers_read=(8,), steps=2, cases=((8, 2, 16),),
+    ))  # fmt: skip
+    file = tmp_path / "peers.json"
+    only = ["ops", "training", "prefill", "decoding", "dispatch"]
+    program.main(["--quick", "--only", *only, "--out", str(file)])
+    report = json.loads(file.read_text())
+    what = " ".join(figure["what"] for figure in report["figures"])
+    for part in ("ssd", "mixtral", "prefill", "decoding", "dispatch"):
+        assert part in what
+    assert all(value > 0 for figure in report["figures"] for value in figure["values"])
+    assert "commit" in report["environment"]
+    assert "best peer's time over ours" in capsys.readouterr().out
+
+
+def test_import_is_timed_in_a_fresh_interpreter() -> None:
+    (figure,) = parts.start(1)
+    assert 0 < figure.median < 30

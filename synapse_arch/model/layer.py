@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from synapse_arch.introspection.records import LayerTrace
 from synapse_arch.introspection.trace import TraceSpec
 from synapse_arch.model.config import SynapseConfig
+from synapse_arch.model.controls import LayerControls
 from synapse_arch.model.state import LayerState
 from synapse_arch.modules import XLSTM, ExpertPool, FastWeightMemory, Routing, Thalamus
 from synapse_arch.modules.common import RMSNorm
@@ -71,23 +72,31 @@ class SynapseLayer(nn.Module):
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
         trace: TraceSpec | None = None,
+        controls: LayerControls | None = None,
+        expert_backend: str = "auto",
     ) -> LayerOutput:
-        """(B, T, D) -> LayerOutput; arguments as for every mixer."""
+        """(B, T, D) -> LayerOutput; arguments as for every mixer and as for the model."""
         spec = trace if trace is not None and trace.covers(self.index) else None
         common = {"segment_ids": segment_ids, "mask": mask, "trace": spec}
         xlstm = experts = memory = None
         if self.xlstm is not None:
             xlstm = self.xlstm(self.xlstm_norm(x), state and state.xlstm, **common)
             x = x + xlstm.y
-        thalamus = self.thalamus(self.thalamus_norm(x), state and state.thalamus, **common)
+        bias = controls and controls.router_bias
+        thalamus = self.thalamus(self.thalamus_norm(x), state and state.thalamus, rank_bias=bias, **common)
         if thalamus.y is not None:
             x = x + thalamus.y
         if self.experts is not None:
-            experts = self.experts(self.experts_norm(x), thalamus.routing, trace=spec)
+            experts = self.experts(self.experts_norm(x), thalamus.routing, trace=spec, backend=expert_backend)
             x = x + experts.y
         if self.memory is not None:
-            memory = self.memory(self.memory_norm(x), state and state.memory, **common)
-            x = x + memory.y
+            plasticity = controls and controls.memory_write
+            memory = self.memory(self.memory_norm(x), state and state.memory, plasticity=plasticity, **common)
+            x = x + (
+                memory.y if controls is None else memory.y * controls.memory_read[:, None, None].to(memory.y.dtype)
+            )
+        if controls is not None:
+            x = controls.finish(x)
         record = None
         if spec is not None:
             record = LayerTrace(

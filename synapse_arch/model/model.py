@@ -18,6 +18,7 @@ from synapse_arch.introspection.records import SynapseTrace
 from synapse_arch.introspection.trace import TraceSpec
 from synapse_arch.model import generation
 from synapse_arch.model.config import SynapseConfig
+from synapse_arch.model.controls import Controls, LayerControls
 from synapse_arch.model.layer import SynapseLayer
 from synapse_arch.model.loss import IGNORED, next_token_nats
 from synapse_arch.model.state import SynapseState
@@ -134,6 +135,8 @@ class SynapseModel(nn.Module):
         trace: TraceSpec | None = None,
         logits_to_keep: int = 0,
         reduce_load: Callable[[Tensor], Tensor] | None = None,
+        controls: Controls | None = None,
+        expert_backend: str = "auto",
     ) -> SynapseOutput:
         """Reads tokens, predicts the next ones.
 
@@ -146,21 +149,28 @@ class SynapseModel(nn.Module):
             trace: what to record on the way. The outputs are the same bits with and without.
             logits_to_keep: predict only at so many last positions; 0 means at all.
             reduce_load: sums the experts' loads (L, E) over processes; the balance loss then counts all their tokens.
+            controls: what is done to the regions on the way, at all positions of the call.
+            expert_backend: how the experts are computed, see `expert_swiglu`.
 
         Returns:
             SynapseOutput.
 
         Raises:
             ShapeError: a wrong shape, dtype or id. StateError: a state of another model or batch.
+            ConfigError: controls that leave no choice, an unknown backend.
         """
         self._check(ids, state, targets, logits_to_keep)
+        if controls is not None:
+            controls.check(self.config, ids.shape[0])
+        layered = [None if controls is None else controls.layer(i) for i in range(self.config.n_layers)]
         before = state if state is not None else self.init_state(ids.shape[0], device=ids.device)
         passes: list[_Pass] = []
         for window in _windows(ids.shape[1], segment_ids):
             last = passes[-1].state if passes else before
             part = None if mask is None else mask[:, window]
             spec = None if trace is None else replace(trace, start=trace.start + window.start)
-            passes.append(self._read(ids[:, window], last, segment_ids, part, spec))
+            options: dict[str, Any] = {"segment_ids": segment_ids, "mask": part, "trace": spec}
+            passes.append(self._read(ids[:, window], last, layered, options | {"expert_backend": expert_backend}))
         x = passes[0].x if len(passes) == 1 else torch.cat([one.x for one in passes], dim=1)
         routings = [_join(parts) for parts in zip(*(one.routings for one in passes), strict=True)]
         logits = self.head(self.norm(x[:, -logits_to_keep:]) * self.logit_scale)
@@ -225,22 +235,17 @@ class SynapseModel(nn.Module):
         return cast(list[SynapseLayer], list(self.layers))
 
     def _read(
-        self,
-        ids: Tensor,
-        before: SynapseState,
-        segment_ids: Tensor | None,
-        mask: Tensor | None,
-        spec: TraceSpec | None,
+        self, ids: Tensor, before: SynapseState, controls: list[LayerControls | None], options: dict[str, Any]
     ) -> _Pass:
-        """One pass through the layers."""
+        """One pass through the layers, which take all `options` alike."""
+        spec, mask = options["trace"], options["mask"]
         x = self.embedding(ids)
         states, routings, records = [], [], []
-        for layer, remembered in zip(self._layers(), before.layers, strict=True):
-            options: dict[str, Any] = {"segment_ids": segment_ids, "mask": mask, "trace": spec}
+        for layer, remembered, hands in zip(self._layers(), before.layers, controls, strict=True):
             if self.recompute and torch.is_grad_enabled():
-                out = recomputed(layer, x, remembered, use_reentrant=False, **options)
+                out = recomputed(layer, x, remembered, use_reentrant=False, controls=hands, **options)
             else:
-                out = layer(x, remembered, **options)
+                out = layer(x, remembered, controls=hands, **options)
             x = out.x
             states.append(out.state)
             routings.append(out.routing)

@@ -136,6 +136,7 @@ class FastWeightMemory(nn.Module):
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
         trace: TraceSpec | None = None,
+        plasticity: Tensor | None = None,
     ) -> MixerOutput:
         """Writes and reads along a sequence.
 
@@ -145,6 +146,7 @@ class FastWeightMemory(nn.Module):
             segment_ids: (B, T) ints; nothing crosses a change of id.
             mask: (B, T) bool; False positions neither write nor exist for the others.
             trace: what to record; the memory from level "gates" on.
+            plasticity: (B,) multiplies each row's writing strengths and log decays; at 0 the memory stays as it is.
 
         Returns:
             MixerOutput with y (B, T, D), a FastWeightState and a MemoryTrace where asked for.
@@ -166,6 +168,11 @@ class FastWeightMemory(nn.Module):
         how: Any = {"rule": c.rule, **packing}
         if c.write_gate:
             how["write"] = torch.sigmoid(wide(self._by_write(amount[0], c.d_value)))
+        if plasticity is not None:
+            factor = plasticity.to(beta.dtype)[:, None, None]
+            log_decay, beta = log_decay * factor, beta * factor.view(-1, *[1] * (beta.dim() - 1))
+            if c.write_gate:
+                how["write"] = how["write"] * factor.view(-1, *[1] * beta.dim())
         o, weights = delta_rule(q, k, v, beta, log_decay, state and state.weights, **how)
         record = None
         if trace is not None and trace.wants("gates"):

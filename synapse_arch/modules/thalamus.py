@@ -178,6 +178,7 @@ class Thalamus(nn.Module):
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
         trace: TraceSpec | None = None,
+        rank_bias: Tensor | None = None,
     ) -> ThalamusOutput:
         """Relays and routes a sequence.
 
@@ -187,6 +188,7 @@ class Thalamus(nn.Module):
             segment_ids: (B, T) ints; nothing crosses a change of id.
             mask: (B, T) bool; False positions are routed nowhere and do not exist for the others.
             trace: what to record.
+            rank_bias: (B, E) added to what ranks the experts, as `router_bias` is; inf forces an expert, -inf bans it.
 
         Returns:
             ThalamusOutput.
@@ -208,7 +210,7 @@ class Thalamus(nn.Module):
         with no_autocast(x):
             signal = self.router_norm(read.to(torch.promote_types(read.dtype, self.router_bias.dtype)))
             logits = self.router(signal)
-        routing, ranked = self._choose(logits, mask)
+        routing, ranked = self._choose(logits, mask, rank_bias)
         after = self._fire_together(routing.indices, before, segment_ids, mask)
         record = None
         if trace is not None:
@@ -228,13 +230,15 @@ class Thalamus(nn.Module):
         relayed = self.mamba(x, state and state.mamba, segment_ids=segment_ids, mask=mask)
         return relayed.y, relayed.state
 
-    def _choose(self, logits: Tensor, mask: Tensor | None) -> tuple[Routing, Tensor]:
+    def _choose(self, logits: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Routing, Tensor]:
         """Top-k by biased logits, weights by unbiased ones; also returns what was ranked (B, T, E)."""
         c = self.config
         felt = logits
         if self.training and c.noise > 0:
             felt = logits + c.noise * torch.randn_like(logits)
         ranked = felt.detach() + self.router_bias
+        if bias is not None:  # finite from above, so that a softmax over what was ranked has its limit
+            ranked = (ranked + bias[:, None]).clamp(max=torch.finfo(ranked.dtype).max)
         ranked = ranked + c.hebbian_gain * self.pathways[ranked.argmax(-1)]
         indices = ranked.topk(c.top_k, dim=-1).indices
         weights = felt.gather(-1, indices).softmax(-1)

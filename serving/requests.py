@@ -48,6 +48,10 @@ class Draining(SynapseError):  # noqa: N818 - a state of the server, not a fault
     """The engine is shutting down."""
 
 
+class EngineFault(SynapseError):  # noqa: N818 - no fault of the caller's
+    """Something failed inside the engine while it worked on a request."""
+
+
 class Stops(Protocol):
     """Looks for what ends an output; `StopMatcher` is one. It serves one request."""
 

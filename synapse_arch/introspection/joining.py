@@ -22,11 +22,12 @@ from synapse_arch.introspection.records import (
 
 Record = TypeVar("Record", RoutingTrace, GateTrace, MemoryTrace)
 
-_PER_TOKEN = {
+PER_TOKEN = {
     RoutingTrace: ("experts", "weights", "p1", "p2", "margin", "entropy", "logits"),
     GateTrace: ("log_i", "log_f", "o_mean", "log_C_norm", "age_tokens"),
     MemoryTrace: ("write", "decay", "collision", "read_conf", "fro_norm"),
 }
+"""The fields of each record that hold one value (or several) a token, (B, n, ...)."""
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def _series(calls: Sequence[Record], positions: Tensor, most: int) -> Record | N
         return None
     values = {
         name: torch.cat([getattr(call, name) for call in calls], 1)[:, -most:]
-        for name in _PER_TOKEN[type(calls[0])]
+        for name in PER_TOKEN[type(calls[0])]
         if getattr(calls[0], name) is not None
     }
     return dataclasses.replace(calls[-1], positions=positions, **values)

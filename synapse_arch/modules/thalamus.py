@@ -267,15 +267,11 @@ class Thalamus(nn.Module):
 
     @torch.no_grad()
     def consolidate(self, state: ThalamusState) -> None:
-        """Turns what fired together into pathways: P(j visited | i visited) − P(j visited), averaged over rows.
+        """Turns what fired together, averaged over rows, into pathways; see `pathways_of`.
 
-        Independent experts get 0. From now on, where i ranks first for a token, j's rank is biased by
-        hebbian_gain times this.
+        From now on, where i ranks first for a token, j's rank is biased by hebbian_gain times pathways[i, j].
         """
-        together = state.coactivation.mean(0)
-        alone = together.diagonal()
-        lift = torch.where(alone[:, None] > 0, together / alone[:, None], alone) - alone
-        self.pathways.copy_(lift.fill_diagonal_(0.0))
+        self.pathways.copy_(pathways_of(state.coactivation.mean(0)))
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:
@@ -286,6 +282,13 @@ class Thalamus(nn.Module):
         """
         share = load.to(self.router_bias.dtype)
         self.router_bias += self.config.bias_rate * torch.sign(share.mean() - share)
+
+
+def pathways_of(coactivation: Tensor) -> Tensor:
+    """P(j visited | i visited) − P(j visited) of a running co-activation (E, E): 0 for independent experts."""
+    alone = coactivation.diagonal()
+    lift = torch.where(alone[:, None] > 0, coactivation / alone[:, None], alone) - alone
+    return lift.fill_diagonal_(0.0)
 
 
 def load_balance_loss(routing: Routing, mask: Tensor | None = None, *, load: Tensor | None = None) -> Tensor:

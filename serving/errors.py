@@ -16,8 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serving.requests import Draining, QueueFull
-from synapse_arch.errors import BackendUnavailable, CheckpointError, SynapseError
+from serving.requests import Draining, EngineFault, QueueFull
+from serving.stores.base import StoreUnavailable
+from synapse_arch.errors import SynapseError
 
 log = logging.getLogger("serving")
 
@@ -86,11 +87,13 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": wait})
     if isinstance(error, Draining):
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "5"})
+    if isinstance(error, StoreUnavailable):
+        return ApiError(503, str(error), code="store_unavailable", headers={"Retry-After": "5"})
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, RequestValidationError):
         return _invalid(error.errors())
-    if isinstance(error, SynapseError) and not isinstance(error, (CheckpointError, BackendUnavailable)):
+    if isinstance(error, SynapseError) and not isinstance(error, EngineFault):
         return bad_request(str(error))
     return ApiError(500, "the server failed; its log says more", code="internal_error")
 

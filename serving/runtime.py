@@ -6,6 +6,7 @@ def thing(runtime: Current, owner: Owner) -> ...:
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,23 +31,27 @@ class Runtime:
         settings: how it runs.
         config: the model's.
         weights: SHA-256 of the model's weights, in hex.
+        state_bytes: of one sequence's state, however long it is.
         created: when it started, seconds since 1970.
         engine: alone touches the model.
         codec: text to tokens and back.
         sessions: what is remembered between requests.
         traces: what was recorded.
         metrics: what is counted.
+        draining: set once the server is told to stop.
     """
 
     settings: Settings
     config: SynapseConfig
     weights: str
+    state_bytes: int
     created: int
     engine: Engine
     codec: Codec
     sessions: Sessions
     traces: TraceStore
     metrics: Metrics
+    draining: threading.Event
 
 
 def current(request: Request) -> Runtime:

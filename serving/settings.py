@@ -27,8 +27,8 @@ class Settings:
         prefill_chunk: tokens of a prompt read between two decode steps.
         max_prompt_tokens: longest prompt.
         max_output_tokens: longest output of one request.
-        max_choices: most `n` of a request.
-        max_body: bytes of a request's body.
+        max_body: bytes of a JSON body.
+        patience: seconds that headers or a body may take to arrive, and that a client may leave an answer unread.
         drain: seconds that running requests get after SIGTERM.
         session_store: "memory", "sqlite:PATH" or "redis://HOST:PORT/DB".
         session_ttl: seconds until an unused session is forgotten.
@@ -53,8 +53,8 @@ class Settings:
     prefill_chunk: int = 256
     max_prompt_tokens: int = 131_072
     max_output_tokens: int = 4096
-    max_choices: int = 8
     max_body: int = MIB
+    patience: float = 30.0
     drain: float = 30.0
     session_store: str = "memory"
     session_ttl: float = 86_400.0
@@ -67,7 +67,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in (
-            "slots", "prefill_chunk", "max_prompt_tokens", "max_output_tokens", "max_choices", "max_body",
+            "slots", "prefill_chunk", "max_prompt_tokens", "max_output_tokens", "max_body", "patience",
             "session_ttl", "session_bytes", "session_count", "trace_tokens", "trace_bytes", "traces_bytes", "trace_ttl",
         ):  # fmt: skip
             if not getattr(self, name) > 0:

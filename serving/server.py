@@ -1,0 +1,98 @@
+"""The process: listens, and ends in order. SIGTERM first makes /ready say 503, then running answers get their time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serving.runtime import Runtime
+
+LAST_FRAMES = 5
+"""Seconds in which streams that were cut off may send their error."""
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 that waits neither for headers nor for a reader for ever."""
+
+    _headers: asyncio.TimerHandle | None = None
+    _reader: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """A connection, whose headers are awaited."""
+        super().connection_made(transport)
+        self._await_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes, after which headers are complete or still awaited."""
+        super().data_received(data)
+        self._await_headers()
+
+    def pause_writing(self) -> None:
+        """The client does not read what was sent."""
+        super().pause_writing()
+        self._reader = self._later(self._reader)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        super().resume_writing()
+        self._reader = _never(self._reader)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is awaited any more."""
+        self._headers, self._reader = _never(self._headers), _never(self._reader)
+        super().connection_lost(exc)
+
+    def _await_headers(self) -> None:
+        awaited = self.conn.their_state is h11.IDLE
+        self._headers = self._later(self._headers) if awaited else _never(self._headers)
+
+    def _later(self, timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle:
+        """The running timer, or a new one, that breaks the connection off."""
+        runtime: Runtime = self.config.app.state.runtime  # type: ignore[union-attr]
+        return timer or self.loop.call_later(runtime.settings.patience, self.transport.abort)
+
+
+def _never(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server, which drains before it closes its port.
+
+    Args:
+        app: of `create_app`.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        runtime: Runtime = app.state.runtime
+        config = uvicorn.Config(
+            app, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
+            timeout_keep_alive=30, timeout_graceful_shutdown=LAST_FRAMES,
+        )  # fmt: skip
+        super().__init__(config)
+        self._runtime = runtime
+        self._draining: threading.Thread | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, a second one ends at once."""
+        if self._runtime.draining.is_set():
+            self.should_exit = self.force_exit = True
+            return
+        self._runtime.draining.set()
+        close = self._runtime.engine.close
+        self._draining = threading.Thread(target=close, kwargs={"drain": self._runtime.settings.drain}, daemon=True)
+        self._draining.start()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to close the port: once nothing is running any more."""
+        if self._draining is not None and not self._draining.is_alive():
+            self.should_exit = True
+        return await super().on_tick(counter)

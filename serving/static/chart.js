@@ -21,14 +21,16 @@ export function frame(figure, { title, hint, tools = [], table }) {
   return { body, note, fill };
 }
 
-// Calls `draw` for `element` when one of `keys` changed and it is on the screen or near it.
+// Calls `draw` for `element` when one of `keys` changed and it is on the screen or near it; the first time at once, so
+// that the page has its length. `draw` returns false where there is nothing to draw yet.
 export function lazily(element, keys, draw) {
   let stale = true;
   let visible = false;
+  let drawn = false;
   const attempt = () => {
-    if (!stale || !visible) return;
+    if (!stale || (drawn && !visible) || !element.clientWidth) return;
     stale = false;
-    draw();
+    drawn = draw() !== false || drawn;
   };
   on(keys, () => {
     stale = true;
@@ -59,13 +61,15 @@ export function table(caption, heads, rows, mark = -1) {
   const head = h(
     "tr",
     null,
-    heads.map((name) => h("th", { scope: "col" }, name)),
+    heads.map((name, column) => h("th", { scope: "col", class: wide(rows[0]?.[column]) }, name)),
   );
   const body = rows.map(([first, ...rest], index) =>
     h("tr", { class: index === mark ? "at" : null }, h("th", { scope: "row" }, first), rest.map(cell)),
   );
   return h("table", null, h("caption", null, caption), h("thead", null, head), h("tbody", null, body));
 }
+
+const wide = (value) => (Array.isArray(value) ? "wide" : null);
 
 const cell = (value) =>
   Array.isArray(value)

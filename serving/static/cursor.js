@@ -77,6 +77,11 @@ const MOVES = {
   "]": () => stepLayer(1),
 };
 
+// Adds a key to those that work in the text and in every chart.
+export const bind = (key, action) => {
+  MOVES[key] = action;
+};
+
 export function keys(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const move = MOVES[event.key];

@@ -4,7 +4,6 @@ import * as api from "./api.js";
 import { frame, table } from "./chart.js";
 import { $, h, replace, s } from "./dom.js";
 import { number } from "./format.js";
-import { palette } from "./palette.js";
 import { on, state } from "./state.js";
 
 // Which fields each kind has; steer and patch need a vector and are left to the API.
@@ -90,7 +89,7 @@ export function startDiff(figure) {
     }
     show();
   });
-  on("size scheme", () => {
+  on("size", () => {
     if (result) outcomes(outcome);
   });
   figure.hidden = true;
@@ -144,92 +143,70 @@ function describe({ kind, layer, expert, value, start = 0, end }) {
   return `${parts.filter(Boolean).join(", ")}, from token ${start}${end === undefined ? "" : ` to before ${end}`}`;
 }
 
+// The change and its controls in one shape: name, KL a token, Jaccard a layer, where the texts part.
+function runs({ kl, jaccard, first_divergence: split, controls }) {
+  const random = controls.map((control) => ({
+    ...control,
+    name: `${control.kind.replace("_", " ")}, mean of ${control.seeds.length}`,
+    splits: control.first_divergence,
+  }));
+  return [{ name: "with the change", kl, jaccard, splits: [split] }, ...random];
+}
+
 function outcomes(box) {
-  const { a, b, first_divergence: split, kl, jaccard, controls } = result.answer;
-  const same = split === null || split === undefined;
-  const lanes = [
-    ["with the change", kl, jaccard],
-    ...controls.map((control) => [control.kind.replace("_", " "), control.kl, control.jaccard]),
-  ];
-  const most = Math.max(1e-9, ...lanes.flatMap(([, values]) => values));
+  const { a, b, first_divergence: split } = result.answer;
+  const all = runs(result.answer);
+  const most = Math.max(1e-9, ...all.flatMap(({ kl }) => kl));
   replace(
     box,
-    h("p", null, same ? "Both texts are the same to the last token." : `The texts part at written token ${split}.`),
+    h("p", null, split === null ? "Both texts are the same." : `The texts part at written token ${split}.`),
     h("div", { class: "versions" }, version("Without", a, b), version("With the change", b, a)),
     h("h3", null, "KL divergence of the predictions, token by token, nats"),
-    lanes.map(([name, values], index) => spikes(name, values, most, index === 0)),
+    all.map((run, index) => spikes(run, most, index === 0)),
     h("h3", null, "Routing kept: Jaccard overlap of the experts chosen, per layer"),
-    overlap(lanes),
+    overlap(all),
   );
 }
 
 function version(title, { text }, other) {
+  const [mine, theirs] = [[...text], [...other.text]];
   let same = 0;
-  while (same < text.length && text[same] === other.text[same]) same += 1;
-  return h(
-    "div",
-    null,
-    h("h3", null, title),
-    h("pre", { tabindex: "0" }, text.slice(0, same), h("mark", null, text.slice(same))),
-  );
+  while (same < mine.length && mine[same] === theirs[same]) same += 1;
+  const parts = [mine.slice(0, same), mine.slice(same)].map((part) => part.join(""));
+  return h("div", null, h("h3", null, title), h("pre", { tabindex: "0" }, parts[0], h("mark", null, parts[1])));
 }
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length);
 
-function spikes(name, values, most, own) {
+function spikes({ name, kl }, most, own) {
   const wide = Math.max(200, $("diff").querySelector(".lanes").clientWidth);
-  const step = wide / Math.max(1, values.length);
-  const { get } = palette();
-  const largest = number(Math.max(0, ...values));
-  const label = `${name}: mean ${number(mean(values))}, largest ${largest} nats over ${values.length} tokens`;
+  const step = wide / Math.max(1, kl.length);
+  const largest = number(Math.max(0, ...kl));
+  const label = `${name}: mean ${number(mean(kl))}, largest ${largest} nats over ${kl.length} tokens`;
+  const fill = own ? "var(--cursor)" : "var(--series-0)";
   const bar = (value, index) => {
     const tall = (value / most) * (BAR - 6);
-    return s("rect", {
-      x: index * step,
-      y: BAR - tall,
-      width: Math.max(0.6, step - 1),
-      height: tall,
-      fill: own ? get("cursor") : get("series-0"),
-    });
+    return s("rect", { x: index * step, y: BAR - tall, width: Math.max(0.6, step - 1), height: tall, fill });
   };
-  return h(
-    "div",
-    { class: "lane" },
-    h("h3", null, label),
-    s(
-      "svg",
-      { height: BAR, viewBox: `0 0 ${wide} ${BAR}`, role: "img", "aria-label": label },
-      values.map(bar),
-      s("line", { x1: 0, x2: wide, y1: BAR, y2: BAR, stroke: get("line") }),
-    ),
-  );
+  const floor = s("line", { x1: 0, x2: wide, y1: BAR, y2: BAR, stroke: "var(--line)" });
+  const drawing = { height: BAR, viewBox: `0 0 ${wide} ${BAR}`, role: "img", "aria-label": label };
+  return h("div", { class: "lane" }, h("h3", null, label), s("svg", drawing, kl.map(bar), floor));
 }
 
-function overlap(lanes) {
-  const layers = lanes[0][2].map(({ layer }) => layer);
-  const rows = lanes.map(([name, , shares]) => [name, ...shares.map(({ value }) => number(value))]);
-  return h(
-    "div",
-    { class: "scroll" },
-    table(
-      "1: the same experts for every token; 0: none in common",
-      ["run", ...layers.map((layer) => `layer ${layer}`)],
-      rows,
-    ),
-  );
+const parted = (splits) => splits.map((split) => (split === null ? "never" : String(split))).join(", ");
+const spread = ({ value, spread: deviation }) =>
+  deviation === undefined ? number(value) : `${number(value)} ± ${number(deviation)}`;
+
+function overlap(all) {
+  const heads = ["run", ...all[0].jaccard.map(({ layer }) => `layer ${layer}`), "texts part at"];
+  const list = all.map(({ name, jaccard, splits }) => [name, ...jaccard.map(spread), parted(splits)]);
+  const caption = "1: the same experts for every token; 0: none in common";
+  return h("div", { class: "scroll" }, table(caption, heads, list));
 }
 
 function rows() {
   if (!result) return table("No comparison yet", ["written token"], []);
-  const { kl, controls } = result.answer;
-  const list = kl.map((value, index) => [
-    String(index),
-    number(value),
-    ...controls.map((control) => number(control.kl[index])),
-  ]);
-  return table(
-    "KL divergence in nats",
-    ["written token", "with the change", ...controls.map(({ kind }) => kind.replace("_", " "))],
-    list,
-  );
+  const all = runs(result.answer);
+  const list = result.answer.kl.map((_, index) => [String(index), ...all.map(({ kl }) => number(kl[index]))]);
+  return table("KL divergence in nats", ["written token", ...all.map(({ name }) => name)], list);
 }

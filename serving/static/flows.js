@@ -13,15 +13,15 @@ export function startFlows(figure) {
     "Bars: share of the layer's assignments; the tick marks uniform load. Bands: mean product of the two mixing " +
     "weights between neighbouring layers. The path of the token at the cursor is drawn over them.";
   const { body, fill } = frame(figure, { title: "Pathways and load", hint, table: pathTable });
+  on("version", () => {
+    figure.hidden = !state.trace.experts.length;
+  });
   const drawing = s("svg", { role: "img" });
   const plot = h("div", { class: "plot" }, drawing);
   const experts = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Experts" });
   body.append(plot, experts);
-  on("version", () => {
-    figure.hidden = !state.trace.experts.length;
-  });
   on("version scheme", fill);
-  lazily(plot, "version cursor scheme size", () => draw(drawing, plot.clientWidth));
+  lazily(plot, "version cursor scheme size layer", () => draw(drawing, plot.clientWidth));
   lazily(experts, "version layer", () => replace(experts, expertTable()));
   figure.hidden = true;
 }
@@ -32,7 +32,7 @@ function draw(svg, width) {
   const { trace } = state;
   svg.replaceChildren();
   const layers = trace.layers.filter(({ i }) => trace.experts.some((expert) => expert.layer === i)).map(({ i }) => i);
-  if (!layers.length) return;
+  if (!layers.length) return false;
   const most = Math.max(...layers.map((layer) => trace.expertsOf(layer)));
   const height = TOP + most * ROW;
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { frame, lazily, listed, table } from "./chart.js";
-import { edge } from "./cursor.js";
+import { bind, edge } from "./cursor.js";
 import { h, replace, s, segments } from "./dom.js";
 import { glyph, number, percent } from "./format.js";
 import { heatmap, ramp } from "./heatmap.js";
@@ -36,29 +36,16 @@ export function startMemory(figure) {
     tools: [h("div", { class: "row wrap" }, picker, ask)],
     table: rows,
   });
+  on("version layer", () => {
+    figure.hidden = !memory();
+    choices(picker);
+  });
   const arcs = s("svg", { class: "arcs", height: ARC, role: "img", "aria-label": "No read has been split yet" });
   const found = h("p", { class: "quiet small", role: "status" });
   body.append(h("div", { class: "lane", id: "arcs" }, found, arcs));
   for (const strip of STRIPS) lane(body, strip);
   ask.addEventListener("click", attribute);
-  document.addEventListener("keydown", (event) => {
-    const typing = event.target.closest("input, select, textarea, dialog");
-    if (event.key.toLowerCase() === "a" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) attribute();
-  });
-  on("version layer", () => {
-    figure.hidden = !memory();
-    head = Math.min(head, Math.max(0, heads() - 1));
-    segments(
-      picker,
-      "head",
-      Array.from({ length: heads() }, (_, index) => [index, `h${index}`]),
-      head,
-      (value) => {
-        head = value;
-        if (state.sources) attribute();
-      },
-    );
-  });
+  bind("a", attribute);
   on("layer", () => {
     if (state.sources) set({ sources: null });
   });
@@ -70,6 +57,16 @@ export function startMemory(figure) {
   figure.hidden = true;
 }
 
+function choices(picker) {
+  if (picker.querySelectorAll("input").length === heads()) return;
+  head = Math.min(head, Math.max(0, heads() - 1));
+  const names = Array.from({ length: heads() }, (_, index) => [index, `h${index}`]);
+  segments(picker, "head", names, head, (value) => {
+    head = value;
+    if (state.sources) attribute();
+  });
+}
+
 function lane(body, { column, label }) {
   const key = h("span");
   const host = h("div", { class: "lane" }, h("h3", null, label, key));
@@ -77,7 +74,7 @@ function lane(body, { column, label }) {
   const paint = heatmap(host, label);
   lazily(host, "version layer from to scheme size", () => {
     const values = memory()?.[column];
-    if (!values) return;
+    if (!values) return false;
     const high = values.reduce((most, row) => Math.max(most, ...row), 0);
     replace(key, ramp("0", number(high)));
     const read = (t, cells) =>
@@ -102,7 +99,8 @@ async function attribute() {
     if (state.trace !== trace) return;
     const places = new Map(trace.tokens.map((known, index) => [known.pos, index]));
     const list = answer.sources.map((source) => ({ ...source, index: places.get(source.pos) ?? -1 }));
-    set({ sources: { at: places.get(answer.pos), layer, head: at, list, residual: answer.residual } });
+    const [rest, residual] = [answer.rest.share, answer.residual.share];
+    set({ sources: { at: places.get(answer.pos), layer, head: at, list, rest, residual } });
   } catch (error) {
     if (error.name !== "AbortError") set({ sources: { problem: error.message, list: [] } });
   }
@@ -144,7 +142,8 @@ function draw(svg, found) {
   const name = ({ index, pos, share }) => `${pos} “${spelled(index)}” ${percent(share)}`;
   const text =
     `Read of token ${state.trace.tokens[sources.at].pos}, layer ${sources.layer}, head ${sources.head}: ` +
-    `${best.map(name).join(", ")}; everything else, and what is older: ${percent(sources.residual?.share)}.`;
+    `${best.map(name).join(", ")}; tokens beyond the ${SHOWN} largest ${percent(sources.rest)}, ` +
+    `older than the trace ${percent(sources.residual)}.`;
   found.textContent = text;
   svg.setAttribute("aria-label", text);
 }

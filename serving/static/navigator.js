@@ -3,6 +3,7 @@
 import { surface } from "./chart.js";
 import { RIGHT, describe, slider } from "./cursor.js";
 import { $, h, segments, choose } from "./dom.js";
+import { count } from "./format.js";
 import { heat, palette } from "./palette.js";
 import { survey } from "./measures.js";
 import { readout } from "./stream.js";
@@ -25,6 +26,7 @@ export function startNavigator() {
   on("cursor version layer", () => readout($("readout")));
   on("cursor", speak);
   on("version", layers);
+  on("version", dropped);
   on("layer", () => choose($("layers"), state.layer));
   on("follow", () => $("follow").setAttribute("aria-pressed", String(state.follow)));
   $("zoom-in").addEventListener("click", () => zoom(span() / 2));
@@ -95,6 +97,13 @@ function layers() {
     state.layer,
     (layer) => set({ layer }),
   );
+}
+
+function dropped() {
+  const { dropped: lost } = state.trace.truncated;
+  $("dropped").hidden = !lost;
+  $("dropped").textContent =
+    `The server keeps the last part of a long trace: ${count(lost)} tokens can no longer be asked for.`;
 }
 
 let later = 0;

@@ -1,13 +1,17 @@
 // Colours out of the stylesheet's variables, so that canvases, drawings and text follow one palette and one theme.
 
-import { set } from "./state.js";
+import { set, state } from "./state.js";
 
 const STEPS = 5;
 let cached = null;
 
 function read() {
   const style = getComputedStyle(document.documentElement);
-  const get = (name) => style.getPropertyValue(`--${name}`).trim();
+  const shown = state.scheme === "dark" ? 2 : 1;
+  const get = (name) => {
+    const value = style.getPropertyValue(`--${name}`).trim();
+    return /^light-dark\((.+), (.+)\)$/.exec(value)?.[shown] ?? value;
+  };
   const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
   return {
     get,
@@ -36,7 +40,6 @@ const THEME = "synapse.theme";
 function apply(theme) {
   const scheme = theme === "auto" ? (dark.matches ? "dark" : "light") : theme;
   document.documentElement.dataset.theme = theme;
-  document.documentElement.dataset.scheme = scheme;
   cached = null;
   set({ scheme });
 }

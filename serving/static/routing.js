@@ -39,7 +39,7 @@ function lane(body, index) {
   const draw = heatmap(host, `Routing in layer ${index}`);
   lazily(host, "version from to scheme size", () => {
     const routing = state.trace.layer(index)?.routing;
-    if (!routing) return;
+    if (!routing) return false;
     const rows = Array.from(
       { length: state.model?.config?.experts?.n_experts ?? state.trace.expertsOf(index) },
       (_, expert) => `e${expert}`,

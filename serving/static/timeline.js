@@ -29,8 +29,12 @@ export function startTimeline(figure) {
     "age is the mean age of what C holds.";
   const { body, fill } = frame(figure, { title: "Gates and memory age", hint, tools: [picker], table: rows });
   const key = h("div", { class: "series" });
+  on("version layer scheme", () => {
+    figure.hidden = !cell();
+    legend(key);
+  });
   const upper = lane(body, "Gate", () => GATES[gate]);
-  const lower = lane(body, "Memory age", () => AGE);
+  lane(body, "Memory age", () => AGE);
   body.append(key);
   const choices = Object.entries(GATES).map(([name, { label }]) => [name, label]);
   segments(picker, "gate", choices, gate, (name) => {
@@ -38,13 +42,8 @@ export function startTimeline(figure) {
     upper();
     fill();
   });
-  on("version layer scheme", () => {
-    figure.hidden = !cell();
-    legend(key);
-  });
   on("version cursor from to layer", fill);
   figure.hidden = true;
-  return lower;
 }
 
 const cell = () => state.trace.layer(state.layer)?.mlstm;
@@ -75,7 +74,7 @@ function lane(body, title, what) {
   let made = "";
   const draw = () => {
     const columns = cell();
-    if (!columns || !plot.clientWidth) return;
+    if (!columns) return false;
     const kind = what();
     name.textContent = kind.label;
     const wanted = [kind.label, heads(), plot.clientWidth, state.scheme].join();

@@ -175,12 +175,11 @@ class FastWeightMemory(nn.Module):
         check_state("FastWeightMemory", state, FastWeightState)
         packing: Any = {"segment_ids": segment_ids, "mask": mask}
         signals, opening, conv = self._signals(x, state, plasticity, packing)
-        *inputs, write = signals
-        how: Any = {"rule": self.config.rule, "write": write, **packing}
-        o, weights = delta_rule(*inputs, state and state.weights, **how)
+        how: Any = {**signals._asdict(), "state": state and state.weights, "rule": self.config.rule, **packing}
+        o, weights = delta_rule(**how)
         record = None
         if trace is not None and trace.wants("gates"):
-            record = memory_trace(*inputs, o, state and state.weights, weights, trace, **how)
+            record = memory_trace(o=o, final=weights, spec=trace, **how)
         y = self.out_proj(gate(self.norm(o).flatten(2), opening, "silu"))
         return MixerOutput(y, FastWeightState(conv, weights), record)
 

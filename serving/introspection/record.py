@@ -1,0 +1,318 @@
+"""One trace while it grows: events are noted as they come, and decoded in bunches, never on the engine's thread.
+
+n kept tokens of one row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import math
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from serving.requests import Done, Event, Failed, GenerationRequest, PromptRead, RowTrace, Token
+from serving.rows import cut_trace
+from synapse_arch.introspection import SynapseTrace, join_traces
+from synapse_arch.introspection.joining import PER_TOKEN
+
+BUNCH = 32
+"""Passes that may wait to be decoded."""
+BUNCH_BYTES = 8 * 2**20
+"""Bytes that the passes waiting may hold, all rows of their batches counted."""
+TENSOR_BYTES = 512
+"""What a tensor takes besides its numbers."""
+BASE_BYTES = 8192
+"""What a record takes besides its tensors."""
+
+Record = TypeVar("Record")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class View:
+    """A trace as it stood at one moment.
+
+    Attributes:
+        trace: the kept tokens, B = 1; None where none was traced yet.
+        first: position of the run's first token.
+        ids, logprobs, entropies: of every token of the run, kept or not; NaN where nothing predicted it.
+        prompt_tokens: how many of them are the prompt's.
+        finish: how it ended: "stop", "length", "cancelled", "failed"; None while it runs.
+        overflow: tokens that made room for later ones.
+        seconds: "queue", "ttft", "itl_p50", "trace"; None where there is none yet.
+        version: grows with every event.
+    """
+
+    trace: SynapseTrace | None
+    first: int
+    ids: array[int]
+    logprobs: array[float]
+    entropies: array[float]
+    prompt_tokens: int
+    finish: str | None
+    overflow: int
+    seconds: dict[str, float | None]
+    version: int
+
+
+class TraceRecord:
+    """A trace; `TraceStore.open` makes one.
+
+    Args:
+        trace_id: its name.
+        request: what is run. Its prompt, state and interventions are the snapshot that replays start from.
+        request_id: the name of the HTTP request.
+        session_id: the session it started from.
+        owner: who may see it.
+        seed: what the run's draws come from.
+        most_tokens: tokens it keeps, the latest.
+        most_bytes: bytes that what grows with its tokens may take.
+        grown: called, when its size has changed.
+    """
+
+    def __init__(
+        self,
+        trace_id: str,
+        request: GenerationRequest,
+        *,
+        request_id: str,
+        session_id: str | None,
+        owner: str,
+        seed: int,
+        most_tokens: int,
+        most_bytes: int,
+        grown: Callable[[TraceRecord], None],
+    ) -> None:
+        assert request.trace is not None, "only what is traced has a record"
+        self.id, self.request, self.spec = trace_id, request, request.trace
+        self.request_id, self.session_id, self.owner, self.seed = request_id, session_id, owner, seed
+        self.first = 0 if request.state is None else int(request.state.position[0])
+        self._most_tokens, self._most_bytes, self._grown = most_tokens, most_bytes, grown
+        self._lock = threading.RLock()
+        self._pending: list[RowTrace] = []
+        self._bunch = BUNCH
+        self._trace: SynapseTrace | None = None
+        self._prompt_tokens = self._version = 0
+        self._ids, self._logprobs, self._entropies = array("i"), array("d"), array("d")
+        self._opened, self._seconds = time.perf_counter(), 0.0
+        self._queued: float | None = None
+        self._times: list[float] = []
+        self.finish: str | None = None
+        self._closed = False
+        self._watchers: set[Callable[[], None]] = set()
+
+    @property
+    def closed(self) -> bool:
+        """Whether no event comes any more."""
+        return self._closed
+
+    @property
+    def level(self) -> str:
+        """How deep it looks."""
+        return self.spec.level
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of the state that replays start from."""
+        return 0 if self.request.state is None else self.request.state.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes, the snapshot included."""
+        with self._lock:
+            tokens = sum(x.itemsize * len(x) for x in (self._ids, self._logprobs, self._entropies))
+            sizes = [] if self._trace is None else [_size(x) for x in tensors(self._trace)]
+            return BASE_BYTES + self.snapshot_bytes + tokens + 8 * len(self._times) + sum(sizes)
+
+    def add(self, event: Event) -> None:
+        """Notes an event of the request's ticket. Cheap: what a pass reported is decoded later."""
+        with self._lock:
+            if self._closed:
+                return
+            if isinstance(event, PromptRead):
+                self._read_prompt(event)
+            elif isinstance(event, Token):
+                self._times.append(time.perf_counter())
+                self._ids.append(event.id)
+                self._logprobs.append(event.logprob)
+                self._entropies.append(event.entropy)
+                self._keep(event.trace)
+            else:
+                self.finish = event.finish if isinstance(event, Done) else "failed"
+        if isinstance(event, Done | Failed):
+            self.cancel()
+        else:
+            self._wake()
+
+    def cancel(self) -> None:
+        """Takes no more events; a run that had not ended by then was given up. May be called again."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed, self.finish = True, self.finish or "cancelled"
+            self._decode()
+        self._grown(self)
+        self._wake()
+
+    def view(self) -> View:
+        """What is known by now."""
+        with self._lock:
+            self._decode()
+            gaps = [b - a for a, b in itertools.pairwise(self._times)]
+            wanted = len(range(-self.spec.start % self.spec.every, len(self._ids), self.spec.every))
+            kept = 0 if self._trace is None else len(self._trace.positions)
+            seconds = {
+                "queue": self._queued,
+                "ttft": self._times[0] - self._opened if self._times else None,
+                "itl_p50": median(gaps) if gaps else None,
+                "trace": self._seconds,
+            }
+            return View(
+                self._trace, self.first, self._ids[:], self._logprobs[:], self._entropies[:], self._prompt_tokens,
+                self.finish, wanted - kept, seconds, self._version,
+            )  # fmt: skip
+
+    def tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The prompt and the output so far."""
+        with self._lock:
+            ids = tuple(self._ids)
+            return ids[: self._prompt_tokens], ids[self._prompt_tokens :]
+
+    async def changed(self, version: int, timeout: float) -> bool:
+        """Waits until it is newer than `version` or closed; False where that did not happen in time (seconds)."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(arrived.set)
+
+        with self._lock:
+            if self._version > version or self._closed:
+                return True
+            self._watchers.add(wake)
+        try:
+            await asyncio.wait_for(arrived.wait(), timeout)
+        except TimeoutError:
+            return False
+        finally:
+            with self._lock:
+                self._watchers.discard(wake)
+        return True
+
+    def _read_prompt(self, event: PromptRead) -> None:
+        self._queued = event.queued
+        scores = event.logprobs or []
+        unknown = [math.nan] * (len(self.request.prompt) - len(scores))
+        self._ids.extend(self.request.prompt)
+        self._logprobs.extend([*unknown, *(_number(score.logprob) for score in scores)])
+        self._entropies.extend([*unknown, *(_number(score.entropy) for score in scores)])
+        self._prompt_tokens = len(self.request.prompt)
+        self._keep(event.trace)
+
+    def _keep(self, trace: RowTrace | None) -> None:
+        if trace is None:
+            return
+        if not self._pending:
+            size = sum(x.numel() * x.element_size() for x in tensors(trace.batch))
+            self._bunch = max(1, min(BUNCH, BUNCH_BYTES // max(1, size)))
+        self._pending.append(trace)
+        if len(self._pending) >= self._bunch:
+            self._decode()
+            self._grown(self)
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._version += 1
+            watchers = list(self._watchers)
+        for wake in watchers:
+            wake()
+
+    def _decode(self) -> None:
+        """Joins the passes that wait to what is kept, as much of it as may be."""
+        if not self._pending:
+            return
+        began = time.perf_counter()
+        parts = [row_trace(list(run), self._most_tokens) for _, run in itertools.groupby(self._pending, _kind)]
+        parts = ([] if self._trace is None else [self._trace]) + parts
+        joined = _cut_to(parts, self._most_tokens)
+        room = max(1, self._most_bytes // max(1, token_bytes(joined)))
+        if len(joined.positions) > room:
+            joined = _cut_to([joined], room)
+        self._trace, self._pending = joined, []
+        self._seconds += time.perf_counter() - began
+
+
+def row_trace(passes: list[RowTrace], most: int) -> SynapseTrace:
+    """Passes of one row and one kind of batch as one trace on the CPU, B = 1; at most the last `most` tokens."""
+    first = passes[0]
+    batch = first.batch if len(passes) == 1 else join_traces([one.batch for one in passes], max_tokens=most)
+    return map_trace(lambda x: x.cpu(), cut_trace(batch, first.row, first.spec))
+
+
+def token_bytes(trace: SynapseTrace) -> int:
+    """Bytes that one kept token takes."""
+    values = [
+        value
+        for record in parts_of(trace)
+        for name in PER_TOKEN[type(record)]
+        if (value := getattr(record, name)) is not None
+    ]
+    return sum(x[0, :1].numel() * x.element_size() for x in (*values, trace.tokens, trace.at))
+
+
+def parts_of(trace: SynapseTrace) -> Iterator[Any]:
+    """The records of all layers that hold values a token."""
+    for layer in trace.layers:
+        yield from (part for part in (layer.routing, layer.gates, layer.memory) if part is not None)
+
+
+def map_trace(function: Callable[[Tensor], Tensor], record: Record) -> Record:
+    """A trace with every tensor replaced by what `function` makes of it."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(record):  # type: ignore[arg-type]
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            changes[field.name] = function(value)
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = map_trace(function, value)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            changes[field.name] = tuple(map_trace(function, one) for one in value)
+    return dataclasses.replace(record, **changes)  # type: ignore[type-var]
+
+
+def tensors(record: object) -> Iterator[Tensor]:
+    """All tensors of a trace."""
+    if isinstance(record, Tensor):
+        yield record
+    elif isinstance(record, tuple):
+        for one in record:
+            yield from tensors(one)
+    elif dataclasses.is_dataclass(record):
+        for field in dataclasses.fields(record):
+            yield from tensors(getattr(record, field.name))
+
+
+def _cut_to(parts: list[SynapseTrace], most: int) -> SynapseTrace:
+    """The parts as one, in memory of its own; at most the last `most` tokens."""
+    joined = join_traces(parts, max_tokens=most)
+    return map_trace(lambda x: x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x, joined)
+
+
+def _kind(trace: RowTrace) -> tuple[Any, ...]:
+    """What passes must share to be joined before their row is cut out."""
+    batch = trace.batch
+    return trace.row, batch.level, batch.tokens.shape[0], tuple(layer.index for layer in batch.layers)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _size(x: Tensor) -> int:
+    return TENSOR_BYTES + x.numel() * x.element_size()

@@ -113,6 +113,8 @@ class Batch:
         self._seen[row] = False
         self._seen[row, list(seat.request.prompt)] = True
         self._mask[row] = True
+        controls = controls_at(seat.request.interventions, seat.position, self.model.config, device=self.device)
+        self._hand(row, controls)
 
     @torch.inference_mode()
     def leave(self, row: int) -> None:
@@ -130,10 +132,11 @@ class Batch:
 
     @torch.inference_mode()
     def choose(self) -> dict[int, Choice]:
-        """Draws the next token of every taken row. A log-probability that is not finite tells of broken logits."""
+        """Draws the next token of every taken row; a row whose logits are not finite gets NaN for log-probability."""
         taken = {row: seat for row, seat in enumerate(self.seats) if seat is not None}
-        logits = self._logits.float()
-        own = logits.log_softmax(-1)
+        sound = self._logits.isfinite().all(-1, keepdim=True)
+        logits = torch.where(sound, self._logits.float(), 0.0)
+        own = torch.where(sound, logits.log_softmax(-1), torch.nan)
         drawn = [0] * self.size
         for sampling, rows in _alike(taken).items():
             scores = logits

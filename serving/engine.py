@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 from serving import interventions
 from serving.batch import Batch, seat_for
 from serving.prefill import Prompt, read_prompt
-from serving.requests import Draining, EngineFault, Failed, GenerationRequest, QueueFull
+from serving.requests import Draining, EngineFault, Failed, Finish, GenerationRequest, QueueFull
+from serving.rows import take_row
 from serving.running import Running
 from serving.tickets import Ticket
-from synapse_arch import SynapseModel
+from synapse_arch import SynapseModel, SynapseState
 from synapse_arch.errors import ConfigError, SynapseError, explain
 
 __all__ = ["Engine", "EngineStats", "Ticket"]
@@ -45,7 +46,7 @@ class EngineStats:
         step_seconds: a step's mean duration, over the last steps; 0 before the first.
         steps: steps so far.
         prompt_tokens: read so far, of prompts.
-        output_tokens: chosen so far.
+        output_tokens: chosen and read so far.
         finished: requests that ended, by "stop", "length", "cancelled", "failed".
         draining: whether it is shutting down.
         exact: whether outputs are the same bits alone and in any company on this machine.
@@ -255,16 +256,14 @@ class Engine:
     def _drop_cancelled(self) -> None:
         for running in list(self._running.values()):
             if running.ticket.cancelled:
-                self._end(running)
-                running.finish("cancelled", None)
-                self._finished["cancelled"] += 1
+                self._complete(running, "cancelled", None)
         if any(ticket.cancelled for ticket, _ in list(self._waiting)):
             with self._change:
                 gone = [entry for entry in self._waiting if entry[0].cancelled]
                 self._waiting = deque(entry for entry in self._waiting if not entry[0].cancelled)
             for ticket, since in gone:
-                Running(ticket, seat_for(ticket.request, 0), -1, None, since).finish("cancelled", None)
                 self._finished["cancelled"] += 1
+                Running(ticket, seat_for(ticket.request, 0), -1, None, since).finish("cancelled", None)
 
     def _admit(self) -> None:
         """Gives free slots to those who wait, first come first served."""
@@ -296,10 +295,10 @@ class Engine:
         request = running.ticket.request
         self._prompt_tokens += len(request.prompt)
         running.opened(prompt)
-        self._batch.join(running.row, running.seat, prompt.state, prompt.logits)
         if request.sampling.max_tokens == 0:
-            running.finish("length", self._batch.snapshot(running.row))
-            self._complete(running, "length")
+            self._complete(running, "length", take_row(prompt.state, 0, request.trace))
+        else:
+            self._batch.join(running.row, running.seat, prompt.state, prompt.logits)
 
     def _step(self) -> None:
         """Chooses a token for every row that has read its prompt, and reads it."""
@@ -308,24 +307,30 @@ class Engine:
         for row, choice in chosen.items():
             running = self._running[row]
             try:
-                if running.push(choice, self._batch):
-                    self._complete(running, "stop")
+                state = running.push(choice, self._batch)
             except Exception as error:  # broken logits, or a stop matcher that failed
                 self._fail(running, error)
+            else:
+                if state is not None:
+                    self._complete(running, "stop", state)
         tokens = {row: choice.token for row, choice in chosen.items() if row in self._running}
-        if tokens:
-            for row, trace in self._batch.read(tokens).items():
-                if self._running[row].was_read(trace, self._batch):
-                    self._complete(self._running[row], "length")
+        if not tokens:
+            return
+        traces = self._batch.read(tokens)
+        now = time.perf_counter()
         self._steps += 1
         self._output_tokens += len(tokens)
-        now = time.perf_counter()
         self._recent.append((now, now - began, len(tokens)))
+        for row, trace in traces.items():
+            running = self._running[row]
+            if (state := running.was_read(trace, self._batch)) is not None:
+                self._complete(running, "length", state)
 
-    def _complete(self, running: Running, why: str) -> None:
+    def _complete(self, running: Running, why: Finish, state: SynapseState | None) -> None:
         self._finished[why] += 1
         self._request_seconds += 0.1 * (time.perf_counter() - running.started - self._request_seconds)
         self._end(running)
+        running.finish(why, state)
 
     def _fail(self, running: Running, error: Exception) -> None:
         if not isinstance(error, SynapseError):

@@ -60,17 +60,18 @@ def controls_at(
     controls = Controls.neutral(config, 1)
     for one in active:
         layers = slice(None) if one.layer is None else one.layer
+        value, vector = one.value or 0.0, torch.tensor(one.vector or ())
         if one.kind in ("force_expert", "ban_expert", "bias_expert"):
-            amount = {"force_expert": torch.inf, "ban_expert": -torch.inf}.get(one.kind, one.value)
+            amount = {"force_expert": torch.inf, "ban_expert": -torch.inf}.get(one.kind, value)
             controls.router_bias[0, layers, one.expert] += amount
         elif one.kind == "scale_memory":
-            controls.memory_read[0, layers] *= one.value
+            controls.memory_read[0, layers] *= value
         elif one.kind == "freeze_writes":
             controls.memory_write[0, layers] = 0.0
         elif one.kind == "steer":
-            controls.steer[0, layers] += one.value * torch.tensor(one.vector)
+            controls.steer[0, layers] += value * vector
         else:
-            controls.patch[0, layers], controls.patch_on[0, layers] = torch.tensor(one.vector), True
+            controls.patch[0, layers], controls.patch_on[0, layers] = vector, True
     return Controls(*(x.to(device) for x in controls))
 
 

@@ -39,7 +39,8 @@ def read_prompt(model: SynapseModel, seat: Seat, piece: int) -> Generator[None, 
     device, spec = model.embedding.weight.device, request.trace
     state = request.state or model.init_state(1)
     ids = torch.tensor(request.prompt, dtype=torch.long, device=device)[None]
-    logits, traces, tokens = torch.empty(0), [], []
+    logits, traces = torch.empty(0), []
+    tokens: list[PromptToken] = []
     for span in _pieces(seat, piece):
         with torch.inference_mode():
             position = seat.first + span.start

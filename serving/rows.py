@@ -13,7 +13,7 @@ from synapse_arch import SynapseState, TraceSpec
 from synapse_arch.introspection import ExpertTrace, GateTrace, LayerTrace, MemoryTrace, RoutingTrace, SynapseTrace
 from synapse_arch.model.state import map_tensors
 
-Record = TypeVar("Record", RoutingTrace, ExpertTrace, GateTrace, MemoryTrace)
+Record = TypeVar("Record", RoutingTrace, ExpertTrace, GateTrace, MemoryTrace, SynapseTrace)
 
 
 def cut_trace(batch: SynapseTrace, row: int, spec: TraceSpec) -> SynapseTrace:
@@ -25,8 +25,7 @@ def cut_trace(batch: SynapseTrace, row: int, spec: TraceSpec) -> SynapseTrace:
         spec: its level and layers decide what is left out.
     """
     layers = tuple(_cut_layer(layer, row, spec) for layer in batch.layers if spec.covers(layer.index))
-    tokens, at = (x[row : row + 1].clone() for x in (batch.tokens, batch.at))
-    return dataclasses.replace(batch, level=spec.level, tokens=tokens, at=at, layers=layers)
+    return dataclasses.replace(_cut(batch, row), level=spec.level, layers=layers)
 
 
 def _cut_layer(layer: LayerTrace, row: int, spec: TraceSpec) -> LayerTrace:
@@ -44,11 +43,11 @@ def _cut_layer(layer: LayerTrace, row: int, spec: TraceSpec) -> LayerTrace:
 
 
 def _cut(record: Record, row: int) -> Record:
-    """One row of each of a record's tensors but for `positions`, which all rows share."""
+    """One row of each of a record's tensors; all of `positions`, which the rows share."""
     values = {
-        field.name: value[row : row + 1].clone()
+        field.name: (value if field.name == "positions" else value[row : row + 1]).clone()
         for field in dataclasses.fields(record)
-        if field.name != "positions" and isinstance(value := getattr(record, field.name), Tensor)
+        if isinstance(value := getattr(record, field.name), Tensor)
     }
     return dataclasses.replace(record, **values)
 

@@ -68,8 +68,8 @@ class Running:
         logprobs = prompt.tokens if request.echo_logprobs else None
         self.ticket.put(PromptRead(trace, logprobs, seconds, queued))
 
-    def push(self, choice: Choice, batch: Batch) -> bool:
-        """Takes the next token; True where it ends the output, which is then complete.
+    def push(self, choice: Choice, batch: Batch) -> SynapseState | None:
+        """Takes the next token; where a stop sequence ends with it, the state that has read the output without that.
 
         Raises:
             StateError: the logits it was drawn from are not finite.
@@ -82,23 +82,21 @@ class Running:
             state: SynapseState | None = None
             for _ in range(found.matched - 1):
                 state = self.held.pop().before
-            self.finish("stop", batch.snapshot(self.row) if state is None else state)
-            return True
+            return batch.snapshot(self.row) if state is None else state
         self.release(found.begun - 1)
         self.held.append(Held(choice, batch.snapshot(self.row) if found.begun else None))
         self.chosen += 1
-        return False
+        return None
 
-    def was_read(self, trace: RowTrace | None, batch: Batch) -> bool:
-        """The last token has been read; True where it ends the output."""
+    def was_read(self, trace: RowTrace | None, batch: Batch) -> SynapseState | None:
+        """The last token has been read; where no more were asked for, the state that has read the output."""
         last = self.held[-1]
         last.event = Token(*last.choice, trace)
         if last.before is None:
             self.release(0)
         if self.chosen < self.ticket.request.sampling.max_tokens:
-            return False
-        self.finish("length", batch.snapshot(self.row))
-        return True
+            return None
+        return batch.snapshot(self.row)
 
     def release(self, keep: int) -> None:
         """Hands out what was held, but for the last `keep` tokens."""

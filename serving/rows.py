@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def _cut_layer(layer: LayerTrace, row: int, spec: TraceSpec) -> LayerTrace:
 
 def _cut(record: Record, row: int) -> Record:
     """One row of each of a record's tensors; all of `positions`, which the rows share."""
-    values = {
+    values: dict[str, Any] = {
         field.name: (value if field.name == "positions" else value[row : row + 1]).clone()
         for field in dataclasses.fields(record)
         if isinstance(value := getattr(record, field.name), Tensor)

@@ -192,7 +192,7 @@ def _size(text: str) -> int:
     match = SIZE.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a number with K, M or G, got {text!r}")
-    return int(match[1]) * 1024 ** " KMG".index(match[2] or " ")
+    return int(match[1]) << 10 * " KMG".index(match[2] or " ")
 
 
 if __name__ == "__main__":

@@ -253,8 +253,9 @@ def _check(runtime: Runtime, ask: Ask) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options: needs stream: true", "stream_options")
-    if ask.max_tokens > settings.max_output_tokens:
-        raise bad_request(f"max_tokens: expected at most {settings.max_output_tokens}", "max_tokens")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (getattr(body, name, None) or 0) > settings.max_output_tokens:
+            raise bad_request(f"{name}: expected at most {settings.max_output_tokens}", name)
 
 
 def _check_prompts(runtime: Runtime, ask: Ask, prompts: Sequence[Sequence[int]], *, follows: bool) -> None:

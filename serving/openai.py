@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 from starlette.responses import JSONResponse
 
 from serving.answers import Answer, ChatAnswer, CompletionAnswer
-from serving.errors import ApiError, as_api_error
+from serving.errors import ApiError, as_api_error, bad_request
 from serving.generation import Ask, Generation, begin, unless_gone
 from serving.runtime import Current, Owner, Runtime
 from serving.schemas import ChatBody, CompletionBody
@@ -62,7 +62,11 @@ async def completions(body: CompletionBody, request: Request, runtime: Current, 
 async def chat_completions(body: ChatBody, request: Request, runtime: Current, owner: Owner) -> Response:
     """The assistant's next turn; with a session only the new turns are sent."""
     messages = [Message("system" if one.role == "developer" else one.role, one.text) for one in body.messages]
-    limits: Sequence[int] = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
+    if body.top_logprobs and not body.logprobs:
+        raise bad_request("top_logprobs: needs logprobs: true", "top_logprobs")
+    limits = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
+    if len(limits) == 2:
+        raise bad_request("max_completion_tokens: another number than max_tokens", "max_completion_tokens")
     ask = Ask(
         body=body, field="messages", prompts=lambda follows: [runtime.codec.chat(messages, follows=follows)],
         stops=[*body.stops, *runtime.codec.template.stops],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import h11
 import uvicorn
@@ -42,16 +42,16 @@ class Protocol(H11Protocol):
     def resume_writing(self) -> None:
         """It does again."""
         super().resume_writing()
-        self._reader = _never(self._reader)
+        self._reader = _cancelled(self._reader)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
-        self._headers, self._reader = _never(self._headers), _never(self._reader)
+        self._headers, self._reader = _cancelled(self._headers), _cancelled(self._reader)
         super().connection_lost(exc)
 
     def _await_headers(self) -> None:
         awaited = self.conn.their_state is h11.IDLE
-        self._headers = self._later(self._headers) if awaited else _never(self._headers)
+        self._headers = self._later(self._headers) if awaited else _cancelled(self._headers)
 
     def _later(self, timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle:
         """The running timer, or a new one, that breaks the connection off."""
@@ -59,9 +59,10 @@ class Protocol(H11Protocol):
         return timer or self.loop.call_later(runtime.settings.patience, self.transport.abort)
 
 
-def _never(timer: asyncio.TimerHandle | None) -> None:
+def _cancelled(timer: asyncio.TimerHandle | None) -> Literal[None]:
     if timer is not None:
         timer.cancel()
+    return None
 
 
 class Server(uvicorn.Server):

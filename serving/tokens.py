@@ -157,10 +157,10 @@ class TextStopMatcher:
         return count, covered
 
 
-def byte_codec(template: ChatTemplate | None = None) -> Codec:
-    """Text as its UTF-8 bytes, each its own id."""
+def byte_codec(template: ChatTemplate | None = None, ends: Iterable[int] = ()) -> Codec:
+    """Text as its UTF-8 bytes, each its own id; the end of a document and `ends` end an output."""
     pieces = [bytes((value,)) for value in range(256)]
-    return Codec(pieces, lambda text, _: list(text.encode("utf-8")), template=template)
+    return Codec(pieces, lambda text, _: list(text.encode("utf-8")), ends={DOCUMENT, *ends}, template=template)
 
 
 def load_codec(folder: Path, vocab_size: int) -> Codec:
@@ -172,20 +172,21 @@ def load_codec(folder: Path, vocab_size: int) -> Codec:
     config = _read_json(folder / TOKENIZER_CONFIG)
     names = {key: _name(config.get(key)) for key in ("bos_token", "eos_token")}
     template = _template(folder, config, names)
+    given = _read_json(folder / GENERATION_CONFIG).get("eos_token_id")
+    ended = [end for end in (given if isinstance(given, list) else [given]) if isinstance(end, int)]
     path = folder / TOKENIZER
     if not path.is_file():
         if vocab_size != 256:
             remedy = f"put the {TOKENIZER} that the model was trained with into its folder"
             raise DataError(explain(str(folder), f"a {TOKENIZER} for {vocab_size} entries", "none", remedy))
-        return byte_codec(template)
+        return byte_codec(template, ended)
     inner = _read_tokenizer(path)
     pieces = _pieces(inner, path)
     if len(pieces) > vocab_size:
         remedy = "it is another model's tokenizer"
         raise DataError(explain(str(path), f"at most {vocab_size} entries", len(pieces), remedy))
     opening = DOCUMENT if inner.id_to_token(DOCUMENT) == OPENING else inner.token_to_id(names["bos_token"] or "")
-    ended = _read_json(folder / GENERATION_CONFIG).get("eos_token_id")
-    ends = {inner.token_to_id(names["eos_token"] or ""), opening, *(ended if isinstance(ended, list) else [ended])}
+    ends = {end for end in (opening, inner.token_to_id(names["eos_token"] or ""), *ended) if end is not None}
     specials = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
 
     def encode(text: str, is_template: bool) -> list[int]:
@@ -193,8 +194,7 @@ def load_codec(folder: Path, vocab_size: int) -> Codec:
         ids: list[int] = inner.encode(text, add_special_tokens=False).ids
         return ids
 
-    ids = {end for end in ends if isinstance(end, int)}
-    return Codec(pieces, encode, opening=opening, ends=ids, template=template, specials=specials)
+    return Codec(pieces, encode, opening=opening, ends=ends, template=template, specials=specials)
 
 
 def _template(folder: Path, config: Mapping[str, Any], names: Mapping[str, str | None]) -> ChatTemplate | None:

@@ -279,8 +279,7 @@ def _trace_spec(runtime: Runtime, body: GenerationBody) -> TraceSpec | None:
     if body.trace is None:
         return None
     layers = None if body.trace.layers is None else tuple(body.trace.layers)
-    if layers is not None:
-        check_layers(layers, runtime.config)
+    check_layers(layers, runtime.config, field="trace.layers")
     return TraceSpec(
         level=body.trace.level, layers=layers, every=body.trace.every, max_tokens=runtime.settings.trace_tokens
     )

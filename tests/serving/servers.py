@@ -46,6 +46,9 @@ def byte_model(seed: int = 0, **changes: Any) -> SynapseModel:
     with torch.no_grad():
         model.head.weight.mul_(20)
         model.head.weight[:32] = model.head.weight[127:] = 0
+        for name, parameter in model.named_parameters():
+            if name.endswith(("out_proj.weight", "w_out")):
+                parameter.mul_(5)  # what was read long ago counts, too
     return model
 
 
@@ -60,6 +63,7 @@ def cycle_model(text: str) -> SynapseModel:
                 parameter.zero_()
         model.embedding.weight.copy_(torch.eye(256))
         model.head.weight.zero_()
+        model.head.weight[data[0]] = 5.0  # after whatever is not in it
         for before, after in zip(data, data[1:] + data[:1], strict=True):
             model.head.weight[after, before] = 10.0
     return model

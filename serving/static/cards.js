@@ -31,7 +31,9 @@ function pill() {
   const { server, busy } = state;
   const mood = !server ? "away" : busy ? "busy" : "ready";
   $("status").dataset.state = mood;
+  const slots = server ? `, ${server.engine.busy} of ${server.engine.slots} slots busy` : "";
   $("status").textContent = { away: "No answer", busy: "Generating", ready: "Ready" }[mood];
+  $("status").title = $("status").textContent + slots;
 }
 
 const facts = (list) =>
@@ -78,16 +80,17 @@ function modelCard() {
   );
 }
 
-// Adds what a session was measured at: after so many tokens, so many bytes.
+// Adds what a session was measured at: after so many tokens, so many bytes. A new one has no state yet.
 export function measured({ tokens, bytes: size }) {
-  set({ points: [...state.points, { tokens, size }] });
+  if (tokens) set({ points: [...state.points, { tokens, size }] });
 }
 
 function stateCard() {
   if (!state.model) return;
   const { points, session } = state;
-  const size = session?.bytes || state.model.model.state_bytes_per_session;
+  const size = state.model.model.state_bytes_per_session;
   const read = session ? `${count(session.tokens)} tokens read so far.` : "However long its text.";
+  const kept = session?.bytes ? ` Kept as ${count(session.bytes)} bytes, names of its tensors included.` : "";
   const sizes = new Set(points.map((point) => point.size));
   const said =
     points.length < 2
@@ -98,7 +101,7 @@ function stateCard() {
   replace(
     $("state-card"),
     h("p", { class: "big" }, bytes(size)),
-    h("p", { class: "quiet small" }, `${count(size)} bytes a session. ${read}`),
+    h("p", { class: "quiet small" }, `${count(size)} bytes a session. ${read}${kept}`),
     points.length > 1 ? sketch(points) : null,
     h("p", { class: "quiet small" }, said),
   );

@@ -27,7 +27,9 @@ function askForKey() {
       "close",
       () => {
         asking = null;
-        resolve(dialog.returnValue === "use" ? $("key").value : null);
+        const key = $("key").value;
+        $("key").value = "";
+        resolve(dialog.returnValue === "use" ? key : null);
       },
       { once: true },
     );

@@ -18,7 +18,7 @@ export const MEASURES = {
     label: "Entropy",
     short: "entropy",
     unit: "nats",
-    note: "Entropy of the prediction made after the token. Strong colour: the model was unsure what comes next.",
+    note: "Entropy of the prediction that the token followed. Strong colour: the model was unsure.",
     of: (trace, layer, t) => given(trace.tokens[t].entropy),
   },
   surprise: {

@@ -40,9 +40,9 @@ function grow(box) {
     [spans, bins, at] = [[], [], null];
   }
   for (let t = spans.length; t < trace.length; t++) {
-    const { text, src } = trace.tokens[t];
+    const { text, src, special } = trace.tokens[t];
     const shown = text === "\n" ? "↵\n" : text === "" ? "·" : text;
-    const mute = text === "\n" || text === "";
+    const mute = special || text === "\n" || text === "";
     spans.push(h("i", { "data-i": t, "data-src": src, class: mute ? "mute" : null }, shown));
     bins.push(-1);
   }

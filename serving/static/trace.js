@@ -41,7 +41,9 @@ export class Trace {
     if (first < 0) return 0;
     for (const layer of page.layers ?? []) this.#columns(layer, first);
     for (const { bytes_b64: bytes, ...token } of tokens.slice(first)) {
-      this.tokens.push({ ...token, text: this.decoder.decode(fromBase64(bytes), { stream: true }) });
+      const special = !bytes; // a token without text, such as the one that opens a document
+      const text = special ? `⟨${token.id}⟩` : this.decoder.decode(fromBase64(bytes), { stream: true });
+      this.tokens.push({ ...token, text, special });
     }
     return tokens.length - first;
   }

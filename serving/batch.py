@@ -17,9 +17,9 @@ from torch import Tensor
 
 from serving.interventions import boundaries, clear_memory, cleared_at, controls_at
 from serving.requests import GenerationRequest, RowTrace
-from serving.rows import poison, put_row, take_row
+from serving.rows import StepTrace, poison, put_row, take_row
 from synapse_arch import Controls, Sampling, SynapseModel, SynapseState, TraceSpec
-from synapse_arch.introspection import LEVELS, SynapseTrace
+from synapse_arch.introspection import LEVELS
 from synapse_arch.model.sampling import draw_tokens, penalise, row_generators, uniforms
 
 TILE = 8
@@ -177,7 +177,8 @@ class Batch:
             expert_backend="rowwise",
         )  # fmt: skip
         self._state, self._logits = out.state, out.logits[:, 0]
-        return {row: self._seen_by(row, out.trace) for row in tokens}
+        trace = None if out.pending is None else StepTrace(out.pending)
+        return {row: self._seen_by(row, trace) for row in tokens}
 
     def _intervene(self, row: int) -> None:
         """Brings a row's interventions up to the position that it reads next."""
@@ -208,9 +209,9 @@ class Batch:
         layers: tuple[int, ...] | None = None
         if all(spec.layers is not None for spec in specs):
             layers = tuple(sorted({layer for spec in specs for layer in spec.layers or ()}))
-        return TraceSpec(level=max((spec.level for spec in specs), key=LEVELS.index), layers=layers)
+        return TraceSpec(level=max((spec.level for spec in specs), key=LEVELS.index), layers=layers, later=True)
 
-    def _seen_by(self, row: int, trace: SynapseTrace | None) -> RowTrace | None:
+    def _seen_by(self, row: int, trace: StepTrace | None) -> RowTrace | None:
         """A row's part of the step's trace, None at the positions that its stride leaves out."""
         seat = self.seats[row]
         assert seat is not None

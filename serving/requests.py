@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-from serving.rows import cut_trace
+from serving.rows import StepTrace, cut_trace
 from synapse_arch import Sampling, SynapseState, TraceSpec
 from synapse_arch.errors import ConfigError, SynapseError, explain
 from synapse_arch.introspection import SynapseTrace
@@ -155,14 +155,19 @@ class RowTrace:
     """One row of a batch's trace, cut out when it is asked for: do that outside the engine's thread.
 
     Attributes:
-        batch: the whole batch's trace.
+        source: the whole batch's trace, or what makes it.
         row: which of its rows.
         spec: what the row's request asked to see; others in the batch may have asked for more.
     """
 
-    batch: SynapseTrace
+    source: SynapseTrace | StepTrace
     row: int
     spec: TraceSpec
+
+    @property
+    def batch(self) -> SynapseTrace:
+        """The whole batch's trace."""
+        return self.source.get() if isinstance(self.source, StepTrace) else self.source
 
     def get(self) -> SynapseTrace:
         """The row's trace, B = 1, in memory of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,6 +15,29 @@ from synapse_arch.introspection import ExpertTrace, GateTrace, LayerTrace, Memor
 from synapse_arch.model.state import map_tensors
 
 Record = TypeVar("Record", RoutingTrace, ExpertTrace, GateTrace, MemoryTrace, SynapseTrace)
+
+
+class StepTrace:
+    """The trace of a step, made when somebody first asks for it: outside the engine's thread.
+
+    Args:
+        make: what makes it.
+    """
+
+    def __init__(self, make: Callable[[], SynapseTrace]) -> None:
+        self._make: Callable[[], SynapseTrace] | None = make
+        self._made: SynapseTrace | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> SynapseTrace:
+        """The trace of all rows."""
+        with self._lock:
+            if self._made is None:
+                assert self._make is not None
+                with torch.inference_mode():
+                    self._made = self._make()
+                self._make = None  # and with it the tensors of the step
+            return self._made
 
 
 def cut_trace(batch: SynapseTrace, row: int, spec: TraceSpec) -> SynapseTrace:

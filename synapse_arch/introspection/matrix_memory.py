@@ -61,9 +61,9 @@ def memory_probe(
     norm_0 = torch.linalg.vector_norm(state, dim=(-2, -1))  # (B, H)
     if q.shape[1] == 1:
         after = torch.linalg.vector_norm(final, dim=(-2, -1))[:, None]
-        each = (x[:, 0] if k.dim() == 5 else x for x in (k, v, beta))
-        amount = None if write is None else write[:, 0] if k.dim() == 5 else write
-        collision = _step_collision(*each, amount, log_decay[:, 0].exp(), state, norm_0, rule)
+        if k.dim() == 5:
+            k, v, beta, write = k[:, 0], v[:, 0], beta[:, 0], None if write is None else write[:, 0]
+        collision = _step_collision(k, v, beta, write, log_decay[:, 0].exp(), state, norm_0, rule)
         return MemoryProbe(collision[:, None], _alignment(o, after, q), after)
     steps = 1
     if k.dim() == 5:
@@ -124,7 +124,8 @@ def _step_collision(
     found = [_alignment(held[:, 0], norm, k[:, 0])]
     if k.shape[1] == 1:
         return found[0]
-    held, square, wrote = decay[:, None, :, None] * held, (decay * norm) ** 2, []
+    held, square = decay[:, None, :, None] * held, (decay * norm) ** 2
+    wrote: list[Tensor] = []
     lengths = (k * k).sum(-1)
     for s in range(k.shape[1]):
         met = held[:, s]

@@ -23,7 +23,7 @@ from synapse_arch.introspection.records import (
     RoutingTrace,
     SynapseTrace,
 )
-from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.introspection.trace import Recorded, TraceSpec
 from synapse_arch.ops._backends import no_autocast
 from synapse_arch.ops.delta_rule import Rule
 from synapse_arch.ops.experts import sort_by_expert
@@ -100,7 +100,7 @@ def gate_trace(
     age: Tensor | None = None,
     segment_ids: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[GateTrace, Tensor, Tensor]:
+) -> tuple[Recorded[GateTrace], Tensor, Tensor]:
     """Records one call of the mLSTM cell; call it where spec.wants("gates").
 
     Args:
@@ -121,16 +121,19 @@ def gate_trace(
         The trace, and mass and age (B, H) for the next MLSTMLayerState.
     """
     probe = mlstm_probe(k, v, log_i, log_f, state, final, mass=mass, age=age, segment_ids=segment_ids, mask=mask)
-    kept_mask = None if mask is None else spec.keep(mask)[..., None]
-    trace = GateTrace(
-        positions=spec.positions(k.shape[1], k.device),
-        log_i=_blank(spec.keep(log_i), kept_mask),
-        log_f=_blank(spec.keep(log_f), kept_mask),
-        o_mean=_blank(wide(spec.keep(o)).mean(-1), kept_mask),
-        log_C_norm=_blank(spec.keep(probe.log_norm), kept_mask),
-        age_tokens=_blank(spec.keep(probe.age), kept_mask),
-    )
-    return trace, probe.final_mass, probe.final_age
+
+    def make() -> GateTrace:
+        kept_mask = None if mask is None else spec.keep(mask)[..., None]
+        return GateTrace(
+            positions=spec.positions(k.shape[1], k.device),
+            log_i=_blank(spec.keep(log_i), kept_mask),
+            log_f=_blank(spec.keep(log_f), kept_mask),
+            o_mean=_blank(wide(spec.keep(o)).mean(-1), kept_mask),
+            log_C_norm=_blank(spec.keep(probe.log_norm), kept_mask),
+            age_tokens=_blank(spec.keep(probe.age), kept_mask),
+        )
+
+    return spec.record(make), probe.final_mass, probe.final_age
 
 
 @torch.no_grad()

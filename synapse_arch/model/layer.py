@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from synapse_arch.introspection.records import LayerTrace
-from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.introspection.trace import Recorded, TraceSpec, made
 from synapse_arch.model.config import SynapseConfig
 from synapse_arch.model.controls import LayerControls
 from synapse_arch.model.state import LayerState
@@ -23,7 +23,7 @@ class LayerOutput(NamedTuple):
     """(B, T, D) the residual stream."""
     state: LayerState
     routing: Routing | None
-    trace: LayerTrace | None
+    trace: Recorded[LayerTrace] | None
 
 
 class SynapseLayer(nn.Module):
@@ -99,13 +99,15 @@ class SynapseLayer(nn.Module):
             x = controls.finish(x)
         record = None
         if spec is not None:
-            record = LayerTrace(
-                index=self.index,
-                routing=thalamus.trace,
-                experts=experts and experts.trace,
-                gates=xlstm and xlstm.trace,
-                memory=memory and memory.trace,
-                expert_ids=self.experts.expert_ids if self.experts else None,
+            record = spec.record(
+                lambda: LayerTrace(
+                    index=self.index,
+                    routing=made(thalamus.trace),
+                    experts=experts and made(experts.trace),
+                    gates=xlstm and made(xlstm.trace),
+                    memory=memory and made(memory.trace),
+                    expert_ids=self.experts.expert_ids if self.experts else None,
+                )
             )
         return LayerOutput(
             x, LayerState(xlstm and xlstm.state, thalamus.state, memory and memory.state), thalamus.routing, record

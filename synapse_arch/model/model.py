@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +16,7 @@ from synapse_arch.errors import ShapeError, StateError, explain
 from synapse_arch.introspection.joining import join_traces
 from synapse_arch.introspection.probes import synapse_trace
 from synapse_arch.introspection.records import SynapseTrace
-from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.introspection.trace import Recorded, TraceSpec, made
 from synapse_arch.model import generation
 from synapse_arch.model.config import SynapseConfig
 from synapse_arch.model.controls import Controls, LayerControls
@@ -43,9 +44,11 @@ class SynapseOutput:
     losses: dict[str, Tensor]
     """The terms of the loss, weighted as they are added: "language" (nats a token), "balance", "z"."""
     trace: SynapseTrace | None
-    """What was asked for by `trace`."""
+    """What was asked for by `trace`; None where it is made `later`."""
     expert_load: Tensor | None
     """(L, E) int64: assignments each expert received; None without experts."""
+    pending: Callable[[], SynapseTrace] | None = None
+    """Makes what was asked for by a `trace` with `later`, on any thread, with the bits it would have had at once."""
 
 
 class _Pass(NamedTuple):
@@ -54,7 +57,7 @@ class _Pass(NamedTuple):
     x: Tensor
     state: SynapseState
     routings: list[Routing | None]
-    trace: SynapseTrace | None
+    trace: Recorded[SynapseTrace] | None
 
 
 def _windows(length: int, segment_ids: Tensor | None) -> list[slice]:
@@ -184,8 +187,9 @@ class SynapseModel(nn.Module):
             state=passes[-1].state,
             loss=sum(losses.values(), start=logits.new_zeros(())) if losses else None,
             losses=losses,
-            trace=self._join_traces(passes, trace),
+            trace=None if trace is None or trace.later else self._join_traces(passes, trace),
             expert_load=load,
+            pending=partial(self._join_traces, passes, trace) if trace is not None and trace.later else None,
         )
 
     def stream(self, ids: Tensor, state: SynapseState | None = None, **options: Any) -> generation.TokenStream:
@@ -252,9 +256,17 @@ class SynapseModel(nn.Module):
             records.append(out.trace)
         trace = None
         if spec is not None:
-            traced = tuple(record for record in records if record is not None)
             labels = self.config.experts.labels if self.config.experts else None
-            trace = synapse_trace(ids, before.position, traced, spec, labels=labels, mask=mask)
+            trace = spec.record(
+                lambda: synapse_trace(
+                    ids,
+                    before.position,
+                    tuple(made(record) for record in records if record is not None),
+                    spec,
+                    labels=labels,
+                    mask=mask,
+                )
+            )
         read = ids.shape[1] if mask is None else mask.sum(1)
         return _Pass(x, SynapseState(tuple(states), before.position + read), routings, trace)
 
@@ -280,11 +292,9 @@ class SynapseModel(nn.Module):
             losses |= {"balance": c.load_balance * balance, "z": c.z_loss * z}
         return losses
 
-    def _join_traces(self, passes: list[_Pass], spec: TraceSpec | None) -> SynapseTrace | None:
-        traces = [one.trace for one in passes if one.trace is not None]
-        if spec is None or len(traces) == 1:
-            return traces[0] if traces else None
-        return join_traces(traces, max_tokens=spec.max_tokens)
+    def _join_traces(self, passes: list[_Pass], spec: TraceSpec) -> SynapseTrace:
+        traces = [made(one.trace) for one in passes if one.trace is not None]
+        return traces[0] if len(traces) == 1 else join_traces(traces, max_tokens=spec.max_tokens)
 
     def _load(self, routings: list[Routing | None]) -> Tensor | None:
         counts = [expert_load(routing.indices, self.config.n_experts) for routing in routings if routing is not None]

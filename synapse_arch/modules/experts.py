@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from synapse_arch.errors import ConfigError, ShapeError, explain
 from synapse_arch.introspection.probes import expert_trace
 from synapse_arch.introspection.records import ExpertTrace
-from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.introspection.trace import Recorded, TraceSpec
 from synapse_arch.modules.common import check_input, check_positive, linear
 from synapse_arch.modules.thalamus import Routing
 from synapse_arch.ops import expert_swiglu
@@ -50,7 +50,7 @@ class ExpertOutput(NamedTuple):
 
     y: Tensor
     """(B, T, D), without the residual."""
-    trace: ExpertTrace | None = None
+    trace: Recorded[ExpertTrace] | None = None
 
 
 class ExpertPool(nn.Module):
@@ -112,5 +112,5 @@ class ExpertPool(nn.Module):
             y = y + self.shared_out(F.silu(gate) * up)
         record = None
         if trace is not None and trace.wants("full"):
-            record = expert_trace(x, self.w_in, self.w_out, routing.indices)
+            record = trace.record(lambda: expert_trace(x, self.w_in, self.w_out, routing.indices))
         return ExpertOutput(y, record)

@@ -179,7 +179,7 @@ class FastWeightMemory(nn.Module):
         o, weights = delta_rule(**how)
         record = None
         if trace is not None and trace.wants("gates"):
-            record = memory_trace(o=o, final=weights, spec=trace, **how)
+            record = trace.record(lambda: memory_trace(o=o, final=weights, spec=trace, **how))
         y = self.out_proj(gate(self.norm(o).flatten(2), opening, "silu"))
         return MixerOutput(y, FastWeightState(conv, weights), record)
 

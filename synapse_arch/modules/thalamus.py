@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from synapse_arch.errors import ConfigError, StateError, explain
 from synapse_arch.introspection.probes import routing_trace
 from synapse_arch.introspection.records import RoutingTrace
-from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.introspection.trace import Recorded, TraceSpec
 from synapse_arch.modules.common import (
     RMSNorm,
     check_choice,
@@ -115,7 +115,7 @@ class ThalamusOutput(NamedTuple):
     routing: Routing | None
     """None where there are no experts to route to."""
     state: ThalamusState
-    trace: RoutingTrace | None = None
+    trace: Recorded[RoutingTrace] | None = None
 
 
 class Thalamus(nn.Module):
@@ -214,7 +214,9 @@ class Thalamus(nn.Module):
         after = self._fire_together(routing.indices, before, segment_ids, mask)
         record = None
         if trace is not None:
-            record = routing_trace(logits, routing.indices, routing.weights, after, trace, mask=mask, ranked=ranked)
+            record = trace.record(
+                lambda: routing_trace(logits, routing.indices, routing.weights, after, trace, mask=mask, ranked=ranked)
+            )
         return ThalamusOutput(y, routing, ThalamusState(mamba, after), record)
 
     def _relay(

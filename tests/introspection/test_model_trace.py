@@ -1,12 +1,13 @@
 """Traces of real modules and models: they change nothing, stream exactly, and never wait for the device."""
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from synapse_arch import (
     XLSTM,
@@ -180,6 +181,37 @@ def test_expert_activity_is_that_of_the_pool(model: SynapseModel, ids: Tensor) -
             )
             share = float((hidden.abs() < 0.01).double().mean())
             assert trace.experts.sparsity[row, e] == pytest.approx(share, nan_ok=True)
+
+
+@pytest.mark.parametrize("length", [1, T])
+@pytest.mark.parametrize("level", LEVELS)
+def test_records_made_later_are_the_same(model: SynapseModel, ids: Tensor, level: str, length: int) -> None:
+    spec, state = TraceSpec(level=level, every=3, max_tokens=5), model(ids, trace=TraceSpec(level="gates")).state
+    mask = torch.rand(B, length) > 0.2
+    at_once = model(ids[:, :length], state, trace=spec, mask=mask)
+    later = model(ids[:, :length], state, trace=replace(spec, later=True), mask=mask)
+    assert later.trace is None
+    assert at_once.pending is None
+    assert torch.equal(later.logits, at_once.logits)
+    same(later.pending(), at_once.trace, rtol=0, atol=0)
+
+
+def test_routes_made_later_cost_the_pass_nothing(model: SynapseModel, ids: Tensor) -> None:
+    class Counter(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    state, counts = model(ids).state, []
+    for trace in (None, TraceSpec(later=True)):
+        with torch.no_grad(), Counter() as counter:
+            model(ids[:, :1], state, trace=trace)
+        counts.append(counter.count)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("off", [{"xlstm": None}, {"memory": None}, {"experts": None}])

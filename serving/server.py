@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import h11
 import uvicorn
@@ -21,48 +22,55 @@ LAST_FRAMES = 5
 class Protocol(H11Protocol):
     """HTTP/1.1 that waits neither for headers nor for a reader for ever."""
 
-    _headers: asyncio.TimerHandle | None = None
-    _reader: asyncio.TimerHandle | None = None
-
     def connection_made(self, transport: Any) -> None:
         """A connection, whose headers are awaited."""
         super().connection_made(transport)
-        self._await_headers()
+        runtime: Runtime = self.config.app.state.runtime  # type: ignore[union-attr]
+        patience = runtime.settings.patience
+        self._headers = _Timer(self.loop, patience, transport.abort)
+        self._reader = _Timer(self.loop, patience, transport.abort)
+        self._headers.start()
 
     def data_received(self, data: bytes) -> None:
         """Bytes, after which headers are complete or still awaited."""
         super().data_received(data)
-        self._await_headers()
+        if self.conn.their_state is h11.IDLE:
+            self._headers.start()
+        else:
+            self._headers.stop()
 
     def pause_writing(self) -> None:
         """The client does not read what was sent."""
         super().pause_writing()
-        self._reader = self._later(self._reader)
+        self._reader.start()
 
     def resume_writing(self) -> None:
         """It does again."""
         super().resume_writing()
-        self._reader = _cancelled(self._reader)
+        self._reader.stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
-        self._headers, self._reader = _cancelled(self._headers), _cancelled(self._reader)
+        self._headers.stop()
+        self._reader.stop()
         super().connection_lost(exc)
 
-    def _await_headers(self) -> None:
-        awaited = self.conn.their_state is h11.IDLE
-        self._headers = self._later(self._headers) if awaited else _cancelled(self._headers)
 
-    def _later(self, timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle:
-        """The running timer, or a new one, that breaks the connection off."""
-        runtime: Runtime = self.config.app.state.runtime  # type: ignore[union-attr]
-        return timer or self.loop.call_later(runtime.settings.patience, self.transport.abort)
+class _Timer:
+    """Does something unless it is stopped in time; starting it again while it runs changes nothing."""
 
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, action: Callable[[], object]) -> None:
+        self._loop, self._seconds, self._action = loop, seconds, action
+        self._handle: asyncio.TimerHandle | None = None
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> Literal[None]:
-    if timer is not None:
-        timer.cancel()
-    return None
+    def start(self) -> None:
+        if self._handle is None:
+            self._handle = self._loop.call_later(self._seconds, self._action)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
 
 
 class Server(uvicorn.Server):

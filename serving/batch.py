@@ -112,7 +112,7 @@ class Batch:
         self._logits[row] = logits
         self._seen[row] = False
         self._seen[row, list(seat.request.prompt)] = True
-        self._mask[row] = True
+        self._take(row, True)
         controls = controls_at(seat.request.interventions, seat.position, self.model.config, device=self.device)
         self._hand(row, controls)
 
@@ -122,7 +122,7 @@ class Batch:
         self.seats[row] = None
         self._state = poison(self._state, row)
         self._logits[row] = torch.nan
-        self._mask[row] = False
+        self._take(row, False)
         self._hand(row, None)
 
     def snapshot(self, row: int) -> SynapseState:
@@ -179,6 +179,11 @@ class Batch:
         self._state, self._logits = out.state, out.logits[:, 0]
         trace = None if out.pending is None else StepTrace(out.pending)
         return {row: self._seen_by(row, trace) for row in tokens}
+
+    def _take(self, row: int, taken: bool) -> None:
+        """Marks a row; the mask of an earlier step may still be needed for its trace."""
+        self._mask = self._mask.clone()
+        self._mask[row] = taken
 
     def _intervene(self, row: int) -> None:
         """Brings a row's interventions up to the position that it reads next."""

@@ -1,4 +1,4 @@
-"""One trace while it grows: events are noted as they come, and decoded in bunches, never on the engine's thread.
+"""One trace while it grows: events are noted as they come; what passes report is decoded in bunches by another thread.
 
 n kept tokens of one row.
 """
@@ -23,10 +23,10 @@ from serving.rows import cut_trace
 from synapse_arch.introspection import SynapseTrace, join_traces
 from synapse_arch.introspection.joining import PER_TOKEN
 
-BUNCH = 32
-"""Passes that may wait to be decoded."""
-BUNCH_BYTES = 8 * 2**20
-"""Bytes that the passes waiting may hold, all rows of their batches counted."""
+BUNCH = 8
+"""Passes that are decoded together."""
+MOST_WAITING = 32
+"""Passes that may wait, each with the tensors of its step; whoever adds one more decodes them himself."""
 TENSOR_BYTES = 512
 """What a tensor takes besides its numbers."""
 BASE_BYTES = 8192
@@ -74,7 +74,8 @@ class TraceRecord:
         seed: what the run's draws come from.
         most_tokens: tokens it keeps, the latest.
         most_bytes: bytes that what grows with its tokens may take.
-        grown: called, when its size has changed.
+        decode: gets `decode` called soon, by another thread.
+        grown: called when its size has changed.
     """
 
     def __init__(
@@ -88,16 +89,17 @@ class TraceRecord:
         seed: int,
         most_tokens: int,
         most_bytes: int,
+        decode: Callable[[TraceRecord], None],
         grown: Callable[[TraceRecord], None],
     ) -> None:
         assert request.trace is not None, "only what is traced has a record"
         self.id, self.request, self.spec = trace_id, request, request.trace
         self.request_id, self.session_id, self.owner, self.seed = request_id, session_id, owner, seed
         self.first = 0 if request.state is None else int(request.state.position[0])
-        self._most_tokens, self._most_bytes, self._grown = most_tokens, most_bytes, grown
-        self._lock = threading.RLock()
+        self._most_tokens, self._most_bytes = most_tokens, most_bytes
+        self._decode_soon, self._grown = decode, grown
+        self._lock, self._decoding = threading.Lock(), threading.Lock()  # taken in the other order
         self._pending: list[RowTrace] = []
-        self._bunch = BUNCH
         self._trace: SynapseTrace | None = None
         self._prompt_tokens = self._version = 0
         self._ids, self._logprobs, self._entropies = array("i"), array("d"), array("d")
@@ -143,13 +145,19 @@ class TraceRecord:
                 self._ids.append(event.id)
                 self._logprobs.append(event.logprob)
                 self._entropies.append(event.entropy)
-                self._keep(event.trace)
             else:
                 self.finish = event.finish if isinstance(event, Done) else "failed"
+            if isinstance(event, PromptRead | Token) and event.trace is not None:
+                self._pending.append(event.trace)
+            waiting = len(self._pending)
         if isinstance(event, Done | Failed):
             self.cancel()
-        else:
-            self._wake()
+            return
+        if waiting >= MOST_WAITING:
+            self.decode()
+        elif waiting and waiting % BUNCH == 0:
+            self._decode_soon(self)
+        self._wake()
 
     def cancel(self) -> None:
         """Takes no more events; a run that had not ended by then was given up. May be called again."""
@@ -157,16 +165,31 @@ class TraceRecord:
             if self._closed:
                 return
             self._closed, self.finish = True, self.finish or "cancelled"
-            self._decode()
-        self._grown(self)
+        self._decode_soon(self)
         self._wake()
+
+    def decode(self) -> None:
+        """Joins the passes that wait to what is kept, as much of it as may be."""
+        with self._decoding:
+            with self._lock:
+                passes, self._pending = self._pending, []
+            if passes:
+                began = time.perf_counter()
+                joined = self._joined(passes)
+                with self._lock:
+                    self._trace = joined
+                    self._seconds += time.perf_counter() - began
+        self._grown(self)
 
     def view(self) -> View:
         """What is known by now."""
         with self._lock:
-            self._decode()
+            version = self._version
+        self.decode()
+        with self._lock:
             gaps = [b - a for a, b in itertools.pairwise(self._times)]
-            wanted = len(range(-self.spec.start % self.spec.every, len(self._ids), self.spec.every))
+            last = self.first if self._trace is None else int(self._trace.at[0, -1]) + 1
+            wanted = len(range(-self.spec.start % self.spec.every, last - self.first, self.spec.every))
             kept = 0 if self._trace is None else len(self._trace.positions)
             seconds = {
                 "queue": self._queued,
@@ -176,7 +199,7 @@ class TraceRecord:
             }
             return View(
                 self._trace, self.first, self._ids[:], self._logprobs[:], self._entropies[:], self._prompt_tokens,
-                self.finish, wanted - kept, seconds, self._version,
+                self.finish, wanted - kept, seconds, version,
             )  # fmt: skip
 
     def tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -213,18 +236,6 @@ class TraceRecord:
         self._logprobs.extend([*unknown, *(_number(score.logprob) for score in scores)])
         self._entropies.extend([*unknown, *(_number(score.entropy) for score in scores)])
         self._prompt_tokens = len(self.request.prompt)
-        self._keep(event.trace)
-
-    def _keep(self, trace: RowTrace | None) -> None:
-        if trace is None:
-            return
-        if not self._pending:
-            size = sum(x.numel() * x.element_size() for x in tensors(trace.batch))
-            self._bunch = max(1, min(BUNCH, BUNCH_BYTES // max(1, size)))
-        self._pending.append(trace)
-        if len(self._pending) >= self._bunch:
-            self._decode()
-            self._grown(self)
 
     def _wake(self) -> None:
         with self._lock:
@@ -233,19 +244,12 @@ class TraceRecord:
         for wake in watchers:
             wake()
 
-    def _decode(self) -> None:
-        """Joins the passes that wait to what is kept, as much of it as may be."""
-        if not self._pending:
-            return
-        began = time.perf_counter()
-        parts = [row_trace(list(run), self._most_tokens) for _, run in itertools.groupby(self._pending, _kind)]
-        parts = ([] if self._trace is None else [self._trace]) + parts
-        joined = _cut_to(parts, self._most_tokens)
+    def _joined(self, passes: list[RowTrace]) -> SynapseTrace:
+        """What is kept and further passes, as much of it as may be."""
+        parts = [row_trace(list(run), self._most_tokens) for _, run in itertools.groupby(passes, _kind)]
+        joined = _cut_to([*([] if self._trace is None else [self._trace]), *parts], self._most_tokens)
         room = max(1, self._most_bytes // max(1, token_bytes(joined)))
-        if len(joined.positions) > room:
-            joined = _cut_to([joined], room)
-        self._trace, self._pending = joined, []
-        self._seconds += time.perf_counter() - began
+        return joined if len(joined.positions) <= room else _cut_to([joined], room)
 
 
 def row_trace(passes: list[RowTrace], most: int) -> SynapseTrace:

@@ -7,6 +7,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from serving.errors import not_found
 from serving.introspection.record import TraceRecord
@@ -31,6 +33,7 @@ class TraceStore:
         self._settings, self._clock = settings, clock
         self.replays = asyncio.Semaphore(MOST_REPLAYS)
         """Held while a trace is run again: it takes the engine's time from everybody."""
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="synapse-traces")
         self._lock = threading.Lock()
         self._records: dict[str, tuple[TraceRecord, float]] = {}
         self._sizes: dict[str, int] = {}
@@ -51,7 +54,7 @@ class TraceStore:
         record = TraceRecord(
             f"trace-{secrets.token_hex(16)}", request, request_id=request_id, session_id=session_id, owner=owner,
             seed=seed, most_tokens=self._settings.trace_tokens, most_bytes=self._settings.trace_bytes,
-            grown=self._grown,
+            decode=self._decode, grown=self._grown,
         )  # fmt: skip
         with self._lock:
             self._records[record.id] = (record, self._clock())
@@ -94,10 +97,15 @@ class TraceStore:
             return {"count": len(self._records), "bytes": self._bytes, "limit_bytes": self._settings.traces_bytes}
 
     def close(self) -> None:
-        """Forgets everything."""
+        """Forgets everything, and ends its thread."""
+        self._decoder.shutdown(cancel_futures=True)
         with self._lock:
             for trace_id in list(self._records):
                 self._drop(trace_id)
+
+    def _decode(self, record: TraceRecord) -> None:
+        with suppress(RuntimeError):  # the store is closed: nobody will ask
+            self._decoder.submit(record.decode)
 
     def _grown(self, record: TraceRecord) -> None:
         """Counts a record's bytes anew; those to which nothing has come for longest make room."""

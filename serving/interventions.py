@@ -24,8 +24,10 @@ def check(interventions: Sequence[Intervention], config: SynapseConfig) -> None:
         if one.expert is not None and one.expert >= config.n_experts:
             expected = f"0 to {config.n_experts - 1}" if config.n_experts else "a model with experts"
             raise ConfigError(explain(f"{one.kind}.expert", expected, one.expert))
-        if one.vector is not None and len(one.vector) != config.d_model:
-            raise ConfigError(explain(f"{one.kind}.vector", f"{config.d_model} numbers", len(one.vector)))
+        if one.kind == "pathways" and config.n_experts == 0:
+            raise ConfigError(explain("pathways", "a model with experts", "one without"))
+        if one.vector is not None and len(one.vector) != (width := _width(one, config)):
+            raise ConfigError(explain(f"{one.kind}.vector", f"{width} numbers", len(one.vector)))
         if one.kind in ("scale_memory", "clear_memory", "freeze_writes") and config.memory is None:
             raise ConfigError(explain(one.kind, "a model with a fast-weight memory", "one without"))
     for position in boundaries(interventions):
@@ -64,6 +66,8 @@ def controls_at(
         if one.kind in ("force_expert", "ban_expert", "bias_expert"):
             amount = {"force_expert": torch.inf, "ban_expert": -torch.inf}.get(one.kind, value)
             controls.router_bias[0, layers, one.expert] += amount
+        elif one.kind == "pathways":
+            controls.pathways[0, layers] += vector.view(-1, config.n_experts, config.n_experts).squeeze(0)
         elif one.kind == "scale_memory":
             controls.memory_read[0, layers] *= value
         elif one.kind == "freeze_writes":
@@ -89,3 +93,10 @@ def clear_memory(state: SynapseState, row: int, layers: Sequence[int | None]) ->
             weights[row] = 0.0
             changed[index] = layer._replace(memory=layer.memory._replace(weights=weights))
     return SynapseState(tuple(changed), state.position)
+
+
+def _width(one: Intervention, config: SynapseConfig) -> int:
+    """How many numbers the vector of an intervention has."""
+    if one.kind != "pathways":
+        return config.d_model
+    return config.n_experts**2 * (config.n_layers if one.layer is None else 1)

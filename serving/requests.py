@@ -17,12 +17,21 @@ MOST_INTERVENTIONS = 16
 
 Finish = Literal["stop", "length", "cancelled"]
 Kind = Literal[
-    "force_expert", "ban_expert", "bias_expert", "scale_memory", "clear_memory", "freeze_writes", "steer", "patch"
+    "force_expert",
+    "ban_expert",
+    "bias_expert",
+    "pathways",
+    "scale_memory",
+    "clear_memory",
+    "freeze_writes",
+    "steer",
+    "patch",
 ]
 _NEEDS: dict[str, tuple[str, ...]] = {
     "force_expert": ("expert",),
     "ban_expert": ("expert",),
     "bias_expert": ("expert", "value"),
+    "pathways": ("vector",),
     "scale_memory": ("value",),
     "clear_memory": (),
     "freeze_writes": (),
@@ -66,14 +75,16 @@ class Intervention:
 
     Attributes:
         kind: force_expert, ban_expert: an expert is always, never chosen; bias_expert: `value` is added to its rank
-            (never to its weight); scale_memory: what the fast-weight memory answers is multiplied by `value`;
-            clear_memory: the memory is emptied once, in front of the first of the positions; freeze_writes: the memory
-            neither decays nor learns; steer: `value` · `vector` is added to the residual stream behind the layer;
-            patch: `vector` takes the stream's place there, before any steering.
+            (never to its weight); pathways: `vector` is added to the router's pathways; scale_memory: what the
+            fast-weight memory answers is multiplied by `value`; clear_memory: the memory is emptied once, in front of
+            the first of the positions; freeze_writes: the memory neither decays nor learns; steer: `value` · `vector`
+            is added to the residual stream behind the layer; patch: `vector` takes the stream's place there, before any
+            steering.
         layer: which layer; None for all.
         expert: which expert.
         value: see `kind`.
-        vector: (D,).
+        vector: (D,); for pathways (E · E,), row i holding what is added where i ranks first, or (L · E · E,) for all
+            layers.
         start: the first position, counted from the first token that the row's state has read.
         end: the position after the last one; None for no end.
 

@@ -55,6 +55,39 @@ class RunBody(Body):
         return self
 
 
+Matrix = list[list[Annotated[float, Field(ge=-1e6, le=1e6)]]]
+
+
+class PathwaysLayer(Body):
+    """One layer of an export; its co-activation is not looked at."""
+
+    i: TokenId
+    pathways: Matrix
+    coactivation: Matrix | None = None
+
+
+class PathwaysBody(Body):
+    """PUT /api/introspect/pathways: what the GET gave, of this server or of another with the same model.
+
+    Attributes:
+        schema_: the layout's name.
+        weights_sha256: of the model they come from, which must be the one served; None to take them all the same.
+        n_experts: E.
+        layers: (E, E) each; layers that are absent get none.
+        gain: not looked at, the model has its own.
+        tokens: not looked at.
+        scale: multiplies them.
+    """
+
+    schema_: Annotated[Literal["synapse.pathways/1"], Field(alias="schema")]
+    weights_sha256: str | None = None
+    n_experts: Annotated[int, Field(ge=1)]
+    layers: Annotated[list[PathwaysLayer], Field(min_length=1)]
+    gain: float | None = None
+    tokens: TokenId | None = None
+    scale: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
+
+
 class AttributionBody(Body):
     """POST /api/introspect/traces/{id}/attribution.
 

@@ -38,9 +38,11 @@ def _counts(config: SynapseConfig) -> dict[str, Any]:
 
 def capabilities(config: SynapseConfig, settings: Settings) -> dict[str, Any]:
     """What can be asked of this model."""
-    absent = [() if config.n_experts else ("force_expert", "ban_expert", "bias_expert")]
-    absent.append(() if config.memory else ("scale_memory", "clear_memory", "freeze_writes"))
-    missing = {kind for kinds in absent for kind in kinds}
+    missing: set[str] = set()
+    if not config.n_experts:
+        missing |= {"force_expert", "ban_expert", "bias_expert", "pathways"}
+    if config.memory is None:
+        missing |= {"scale_memory", "clear_memory", "freeze_writes"}
     return {
         "schema": SCHEMA,
         "levels": list(LEVELS),

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from serving import interventions
 from serving.errors import ApiError, bad_request
 from serving.introspection import diff, pathways, run, sources, view
-from serving.introspection.bodies import AttributionBody, DiffBody, RunBody
+from serving.introspection.bodies import AttributionBody, DiffBody, PathwaysBody, RunBody
 from serving.introspection.card import capabilities, model_card, observed
 from serving.introspection.events import events
 from serving.introspection.interventions import check_layers, parse
@@ -156,6 +156,12 @@ def pathways_of_session(session_id: str, runtime: Current, owner: Owner) -> dict
     if not runtime.config.n_experts:
         raise bad_request("this model has no experts", None)
     return pathways.export(state, runtime.config, runtime.weights)
+
+
+@router.put("/pathways")
+def import_pathways(body: PathwaysBody, runtime: Current, owner: Owner) -> dict[str, Any]:
+    """An export as an intervention for any request. Nothing changes on the server: weights never do."""
+    return pathways.load(body, runtime.config, runtime.weights)
 
 
 class _Nothing:

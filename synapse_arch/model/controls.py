@@ -19,6 +19,8 @@ class LayerControls(NamedTuple):
 
     router_bias: Tensor
     """(B, E)."""
+    pathways: Tensor
+    """(B, E, E)."""
     memory_read: Tensor
     """(B,)."""
     memory_write: Tensor
@@ -53,6 +55,8 @@ class Controls(NamedTuple):
 
     router_bias: Tensor
     """(B, L, E): added to what ranks the experts, never to their weights; -inf bans one, inf forces it."""
+    pathways: Tensor
+    """(B, L, E, E): added to the routers' own pathways: where i ranks first, hebbian_gain times row i to all ranks."""
     memory_read: Tensor
     """(B, L): multiplies what the fast-weight memory adds to the residual stream."""
     memory_write: Tensor
@@ -71,6 +75,7 @@ class Controls(NamedTuple):
         nothing = torch.zeros(*rows, config.d_model, device=device)
         return Controls(
             router_bias=torch.zeros(*rows, config.n_experts, device=device),
+            pathways=torch.zeros(*rows, config.n_experts, config.n_experts, device=device),
             memory_read=torch.ones(rows, device=device),
             memory_write=torch.ones(rows, device=device),
             steer=nothing,

@@ -82,8 +82,8 @@ class SynapseLayer(nn.Module):
         if self.xlstm is not None:
             xlstm = self.xlstm(self.xlstm_norm(x), state and state.xlstm, **common)
             x = x + xlstm.y
-        bias = controls and controls.router_bias
-        thalamus = self.thalamus(self.thalamus_norm(x), state and state.thalamus, rank_bias=bias, **common)
+        hands = {} if controls is None else {"rank_bias": controls.router_bias, "pathways": controls.pathways}
+        thalamus = self.thalamus(self.thalamus_norm(x), state and state.thalamus, **hands, **common)
         if thalamus.y is not None:
             x = x + thalamus.y
         if self.experts is not None:

@@ -179,6 +179,7 @@ class Thalamus(nn.Module):
         mask: Tensor | None = None,
         trace: TraceSpec | None = None,
         rank_bias: Tensor | None = None,
+        pathways: Tensor | None = None,
     ) -> ThalamusOutput:
         """Relays and routes a sequence.
 
@@ -189,6 +190,7 @@ class Thalamus(nn.Module):
             mask: (B, T) bool; False positions are routed nowhere and do not exist for the others.
             trace: what to record.
             rank_bias: (B, E) added to what ranks the experts, as `router_bias` is; inf forces an expert, -inf bans it.
+            pathways: (B, E, E) added to the `pathways` of this module, row by row.
 
         Returns:
             ThalamusOutput.
@@ -210,7 +212,7 @@ class Thalamus(nn.Module):
         with no_autocast(x):
             signal = self.router_norm(read.to(torch.promote_types(read.dtype, self.router_bias.dtype)))
             logits = self.router(signal)
-        routing, ranked = self._choose(logits, mask, rank_bias)
+        routing, ranked = self._choose(logits, mask, rank_bias, pathways)
         after = self._fire_together(routing.indices, before, segment_ids, mask)
         record = None
         if trace is not None:
@@ -232,7 +234,9 @@ class Thalamus(nn.Module):
         relayed = self.mamba(x, state and state.mamba, segment_ids=segment_ids, mask=mask)
         return relayed.y, relayed.state
 
-    def _choose(self, logits: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Routing, Tensor]:
+    def _choose(
+        self, logits: Tensor, mask: Tensor | None, bias: Tensor | None, pathways: Tensor | None
+    ) -> tuple[Routing, Tensor]:
         """Top-k by biased logits, weights by unbiased ones; also returns what was ranked (B, T, E)."""
         c = self.config
         felt = logits
@@ -241,7 +245,11 @@ class Thalamus(nn.Module):
         ranked = felt.detach() + self.router_bias
         if bias is not None:  # finite from above, so that a softmax over what was ranked has its limit
             ranked = (ranked + bias[:, None]).clamp(max=torch.finfo(ranked.dtype).max)
-        ranked = ranked + c.hebbian_gain * self.pathways[ranked.argmax(-1)]
+        first = ranked.argmax(-1)  # (B, T)
+        led = self.pathways[first]
+        if pathways is not None:
+            led = led + pathways.gather(1, first[..., None].expand(led.shape)).to(led.dtype)
+        ranked = ranked + c.hebbian_gain * led
         indices = ranked.topk(c.top_k, dim=-1).indices
         weights = felt.gather(-1, indices).softmax(-1)
         if mask is not None:

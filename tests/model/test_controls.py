@@ -216,3 +216,20 @@ def test_wrong_tensors_are_named() -> None:
         read(model, tokens(3, 2), controls)
     with pytest.raises(ShapeError, match=r"controls.patch_on: expected \(2, 2\) torch.bool"):
         read(model, tokens(2, 2), controls._replace(patch_on=torch.zeros(2, 2)))
+
+
+def test_pathways_act_like_consolidated_ones_on_their_row_alone() -> None:
+    model, consolidated, ids = small_model(), small_model(), tokens(2, 30)
+    consolidated.load_state_dict(model.state_dict())
+    lift = 3 * torch.randn(2, 4, 4)  # strong enough to change routes
+    for layer, pathways in zip(consolidated.layers, lift, strict=True):
+        layer.thalamus.pathways.copy_(pathways)
+    controls = Controls.neutral(model.config, 2)
+    controls.pathways[1] = lift
+    led = read(model, ids, controls, trace=FULL)
+    plain, other = (read(one, ids, None, trace=FULL) for one in (model, consolidated))
+    assert torch.equal(led.logits[0], plain.logits[0])
+    assert torch.equal(led.logits[1], other.logits[1])
+    assert not torch.equal(led.logits[1], plain.logits[1])
+    assert torch.equal(led.trace.layer(1).routing.margin[1], other.trace.layer(1).routing.margin[1])
+    assert not model.layers[0].thalamus.pathways.any()  # weights never change

@@ -19,7 +19,7 @@ from serving.requests import Intervention
 from synapse_arch import Controls, MemoryConfig, SynapseModel, SynapseState
 from synapse_arch.ops import delta_rule
 from tests.serving.servers import byte_model, client_of, make_app, refused
-from tests.serving.test_introspect import URL, run, session_of
+from tests.serving.test_introspect import URL, recomputed, run, session_of
 
 WRITES = MemoryConfig(n_heads=2, d_key=4, d_value=6, n_householder=2)
 PROMPT = "a key opens one lock; another key another lock"
@@ -346,3 +346,43 @@ def test_pathways_are_what_consolidation_would_write(client: TestClient) -> None
     empty = client.post("/api/sessions", json={}).json()["id"]
     refused(client.get(f"{URL}/pathways", params={"session_id": empty}), 400, "session_id")
     refused(client.get(f"{URL}/pathways", params={"session_id": "sess-" + "0" * 32}), 404, "session_id")
+
+
+def test_imported_pathways_act_like_consolidated_ones(client: TestClient) -> None:
+    found = client.get(f"{URL}/pathways", params={"session_id": session_of(client, PROMPT)}).json()
+    imported = client.put(f"{URL}/pathways", json=found | {"scale": 30.0})
+    assert imported.status_code == 200, imported.text
+    page = run(client, prompt=PROMPT, max_tokens=6, interventions=imported.json()["interventions"])
+    wired = model()
+    for layer, one in zip(found["layers"], wired.layers, strict=True):
+        thalamus: Any = one.thalamus
+        thalamus.pathways.copy_(30 * torch.tensor(layer["pathways"]))
+    ids = [token["id"] for token in page["tokens"]]
+    want = recomputed(ids, wired)
+    plain = recomputed(ids, model())
+    for layer, one, other in zip(page["layers"], want.layers, plain.layers, strict=True):
+        assert one.routing is not None
+        assert other.routing is not None
+        assert layer["routing"]["experts"] == one.routing.experts[0].tolist() != other.routing.experts[0].tolist()
+    again = run(client, prompt=PROMPT, max_tokens=6)
+    kept = recomputed([token["id"] for token in again["tokens"]], model()).layers[0].routing
+    assert kept is not None
+    assert again["layers"][0]["routing"]["experts"] == kept.experts[0].tolist()
+
+
+def test_pathways_of_another_kind_are_refused(client: TestClient) -> None:
+    good = client.get(f"{URL}/pathways", params={"session_id": session_of(client, "abc")}).json()
+    first = good["layers"][0]
+    for change, param in (
+        ({"schema": "synapse.pathways/2"}, "schema"),
+        ({"weights_sha256": "0" * 64}, "weights_sha256"),
+        ({"n_experts": 5}, "n_experts"),
+        ({"layers": [first, first]}, "layers.1.i"),
+        ({"layers": [first | {"i": 2}]}, "layers.0.i"),
+        ({"layers": [first | {"pathways": [[0.0] * 4] * 3}]}, "layers.0.pathways"),
+        ({"layers": [first | {"pathways": [[0.0] * 3] * 4}]}, "layers.0.pathways"),
+        ({"layers": []}, "layers"),
+        ({"strength": 2}, "strength"),
+    ):
+        refused(client.put(f"{URL}/pathways", json=good | change), 400, param)
+    assert client.put(f"{URL}/pathways", json=good | {"weights_sha256": None}).status_code == 200

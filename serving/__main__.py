@@ -9,6 +9,7 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from serving.tokens import load_codec
 from synapse_arch import SynapseModel
 from synapse_arch.errors import CheckpointError, ConfigError, SynapseError, explain
 
+UNREAD = 2**17
+"""Bytes that the system may hold for a client that does not read."""
 DEMO = Path("runs/demo")
 STEP = re.compile(r"step-\d+")
 SIZE = re.compile(r"(\d+)([KMG]?)")
@@ -82,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SynapseError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before it served
+        return 130
 
 
 def serve(options: dict[str, object]) -> int:
@@ -105,12 +110,15 @@ def serve(options: dict[str, object]) -> int:
         torch.set_num_threads(threads)
     model = SynapseModel.from_pretrained(folder, device=find_device(device))
     codec = load_codec(folder, model.config.vocab_size)
-    listening = listen(settings.host, settings.port)
-    server = Server(create_app(model, codec, settings, session_key=session_key))
-    host, port = listening.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(f"{settings.model_id} is at {address} (Ctrl-C ends)", flush=True)
-    server.run(sockets=[listening])
+    app = create_app(model, codec, settings, session_key=session_key)
+    try:
+        with listen(settings.host, settings.port) as listening:
+            host, port = listening.getsockname()[:2]
+            address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            started = partial(print, f"{settings.model_id} is at {address} (Ctrl-C ends)", flush=True)
+            Server(app, started).run(sockets=[listening])
+    finally:
+        app.state.runtime.close()
     return 0
 
 
@@ -151,17 +159,21 @@ def find_device(name: str) -> torch.device:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """A socket to listen on. What it holds for a client that does not read is bounded.
 
     Raises:
         ConfigError: the address is taken or not of this machine.
     """
+    listening = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
         listening.bind(address)
     except OSError as error:
+        if listening is not None:
+            listening.close()
         remedy = "choose another with --port or --host"
         raise ConfigError(explain(f"{host}:{port}", "a free address of this machine", error, remedy)) from error
     return listening

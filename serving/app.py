@@ -84,11 +84,7 @@ def fingerprint(model: SynapseModel) -> str:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
-    runtime: Runtime = app.state.runtime
-    runtime.draining.set()
-    await run_in_threadpool(runtime.engine.close)
-    runtime.traces.close()
-    await run_in_threadpool(runtime.sessions.close)
+    await run_in_threadpool(app.state.runtime.close)
 
 
 def _schema(app: FastAPI, settings: Settings) -> dict[str, Any]:

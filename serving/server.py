@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -78,17 +79,23 @@ class Server(uvicorn.Server):
 
     Args:
         app: of `create_app`.
+        started: called once requests are taken and signals understood.
     """
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, started: Callable[[], object] = lambda: None) -> None:
         runtime: Runtime = app.state.runtime
         config = uvicorn.Config(
             app, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
             timeout_keep_alive=30, timeout_graceful_shutdown=LAST_FRAMES,
         )  # fmt: skip
         super().__init__(config)
-        self._runtime = runtime
+        self._runtime, self._say = runtime, started
         self._draining: threading.Thread | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes requests."""
+        await super().startup(sockets)
+        self._say()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, a second one ends at once."""

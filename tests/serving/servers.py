@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from serving.__main__ import listen
 from serving.app import create_app
 from serving.runtime import Runtime
 from serving.server import Server
@@ -96,8 +96,7 @@ def client_of(app: FastAPI, key: str | None = None) -> Iterator[TestClient]:
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The address of the application on loopback, served by a thread."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
+    with listen("127.0.0.1", 0) as found:
         server = Server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [found]}, daemon=True)
         thread.start()

@@ -1,4 +1,4 @@
-"""What clients may send to /api/introspect."""
+"""What clients may send to /api/introspect, and what a refusal looks like."""
 
 from __future__ import annotations
 
@@ -115,3 +115,18 @@ class DiffBody(Body):
     interventions: Annotated[list[dict[str, JsonValue]], Field(min_length=1, max_length=MOST_INTERVENTIONS)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     seeds: Annotated[int, Field(ge=1, le=8)] = 3
+
+
+class Fault(Body):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Refusal(Body):
+    """Every 4xx."""
+
+    error: Fault

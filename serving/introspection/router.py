@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from serving import interventions
 from serving.errors import ApiError, bad_request
 from serving.introspection import diff, pathways, run, sources, view
-from serving.introspection.bodies import AttributionBody, DiffBody, PathwaysBody, RunBody
+from serving.introspection.bodies import AttributionBody, DiffBody, PathwaysBody, Refusal, RunBody
 from serving.introspection.card import capabilities, model_card, observed
 from serving.introspection.events import events
 from serving.introspection.interventions import check_layers, parse
@@ -31,7 +31,9 @@ PAGE: Documented = {200: {"content": {"application/json": {"schema": {k: v for k
 EVENTS: Documented = {200: {"content": {"text/event-stream": {}}}}
 FILE: Documented = {200: {"content": {"application/octet-stream": {}}}}
 
-router = APIRouter(prefix="/api/introspect", tags=["introspection"])
+REFUSED: Documented = {"4XX": {"description": "Refused; `param` names the field at fault.", "model": Refusal}}
+
+router = APIRouter(prefix="/api/introspect", tags=["introspection"], responses=REFUSED)
 
 
 @router.get("")

@@ -28,6 +28,8 @@ from serving.tokens import Codec
 from synapse_arch import SynapseModel
 from synapse_arch.model import accounting
 
+COMPLETION_LIMIT = "max_completion_tokens"
+
 
 def create_app(model: SynapseModel, codec: Codec, settings: Settings, *, session_key: bytes | None = None) -> FastAPI:
     """A server of one model. Its engine runs from now until the application's lifespan ends.
@@ -88,12 +90,22 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _schema(app: FastAPI, settings: Settings) -> dict[str, Any]:
-    """The OpenAPI schema, with this server's own limits."""
+    """The OpenAPI schema, with this server's own limits and the shape in which it refuses."""
     if app.openapi_schema is None:
         schema = FastAPI.openapi(app)
-        for body in ("CompletionBody", "ChatBody"):
-            fields = schema["components"]["schemas"][body]["properties"]
-            for name in ("max_tokens", "max_completion_tokens"):
-                if name in fields:
-                    fields[name]["anyOf"][0]["maximum"] = settings.max_output_tokens
+        parts = schema["components"]["schemas"]
+        parts["Error"] = errors.SCHEMA
+        refusal = {"$ref": "#/components/schemas/Error"}
+        for operation in (one for path in schema["paths"].values() for one in path.values()):
+            operation["responses"].pop("422", None)
+            for status, about in (("4XX", "Refused"), ("5XX", "Not served")):
+                operation["responses"][status] = {
+                    "description": about, "content": {"application/json": {"schema": refusal}}
+                }  # fmt: skip
+        for body, name in (
+            ("CompletionBody", "max_tokens"),
+            ("ChatBody", "max_tokens"),
+            ("ChatBody", COMPLETION_LIMIT),
+        ):
+            parts[body]["properties"][name]["anyOf"][0]["maximum"] = settings.max_output_tokens
     return app.openapi_schema or {}

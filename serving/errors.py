@@ -31,6 +31,24 @@ TYPES = {
 }
 """`type` by status; other 4xx are invalid requests, 5xx are the server's."""
 
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+"""The shape as JSON Schema."""
+
 
 class ApiError(Exception):
     """A refusal that a client sees.

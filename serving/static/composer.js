@@ -100,21 +100,38 @@ function working(busy) {
   $("stop").disabled = !busy;
 }
 
+// Traces that the server still holds from before this page was opened.
+export function recall(traces) {
+  turns = traces
+    .slice(-KEPT)
+    .map(({ trace_id: id, level }) => ({ id, trace: new Trace(), name: `Earlier trace ${id.slice(6, 14)}, ${level}` }));
+  list();
+}
+
+const name = (turn) => turn.name ?? `${turn.prompt} → ${turn.reply}`.replace(/\s+/g, " ").slice(0, 90);
+
 function list() {
   replace(
     $("turns"),
-    turns.map((turn) => {
-      const show = () => {
-        open(turn.trace);
-        grown();
-        set({ follow: false });
-        current();
-      };
-      const text = `${turn.prompt} → ${turn.reply}`.replace(/\s+/g, " ").slice(0, 90);
-      turn.button = h("button", { type: "button", title: text, onclick: show }, text);
+    [...turns].reverse().map((turn) => {
+      turn.button = h("button", { type: "button", title: name(turn), onclick: () => show(turn) }, name(turn));
       return h("li", null, turn.button);
     }),
   );
+  current();
+}
+
+async function show(turn) {
+  const { trace, id } = turn;
+  try {
+    if (!trace.length) for await (const page of api.tracePages(id)) trace.add(page);
+  } catch (error) {
+    complain(error);
+    return;
+  }
+  open(trace);
+  grown();
+  set({ follow: false });
   current();
 }
 

@@ -124,30 +124,21 @@ const spelled = (id) => {
 
 function expertTable() {
   const list = state.trace.experts.filter((expert) => expert.layer === state.layer);
+  const active = list.some(({ out_norm: norm }) => norm !== null); // level "full" alone looks at what experts compute
   const rows = list.map((expert) => [
     `e${place(expert)}${expert.label ? ` ${expert.label}` : ""}`,
     percent(expert.load),
     percent(expert.uniform),
-    number(expert.out_norm),
-    percent(expert.sparsity),
-    ...(expert.specialisation === undefined
-      ? []
-      : [number(expert.specialisation), number(expert.specialisation_shuffled)]),
+    ...(active ? [number(expert.out_norm), percent(expert.sparsity)] : []),
+    number(expert.specialisation),
+    number(expert.specialisation_shuffled),
     expert.top_tokens.length
       ? expert.top_tokens.map(({ id, lift, n }) => `${spelled(id)} ×${number(lift)} (n ${n})`)
       : ["none seen 3 times"],
   ]);
-  const special = list.some((expert) => expert.specialisation !== undefined);
-  const heads = [
-    "expert",
-    "load",
-    "uniform",
-    "output norm",
-    "silent units",
-    ...(special ? ["specialisation", "when shuffled"] : []),
-    "tokens by lift over their share in this text",
-  ];
-  return table(`Experts of layer ${state.layer}, measured on this trace alone`, heads, rows);
+  const heads = ["expert", "load", "uniform", ...(active ? ["output norm", "silent units"] : [])];
+  const meant = ["specialisation", "if shuffled", "tokens by lift (×1: no preference)"];
+  return table(`Experts of layer ${state.layer}, measured on this trace alone`, [...heads, ...meant], rows);
 }
 
 function pathTable() {

@@ -130,7 +130,7 @@ function draw(svg, found) {
       fill: "none",
       stroke: share < 0 ? "var(--series-3)" : "var(--cursor)",
       "stroke-dasharray": share < 0 ? "4 3" : null,
-      "stroke-width": Math.max(0.8, 7 * Math.sqrt(Math.abs(share))),
+      "stroke-width": Math.max(0.8, 9 * Math.sqrt(Math.abs(share))),
       "stroke-opacity": 0.65,
       "stroke-linecap": "round",
     });

@@ -23,7 +23,9 @@ export async function startSession() {
   await list();
 }
 
+// No prompt is sent while it is open which session it would go to.
 async function act(what) {
+  $("generate").disabled = true;
   try {
     await what();
     complain(null);
@@ -31,6 +33,7 @@ async function act(what) {
     complain(error);
     await list().catch(complain);
   }
+  $("generate").disabled = state.busy;
 }
 
 const take = async (id) => adopt(id ? await api.session(id) : null);

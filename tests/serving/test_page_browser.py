@@ -241,8 +241,12 @@ def test_a_session_goes_on_is_forked_and_forgotten(page: Page, site: str) -> Non
     expect(page.locator("#session-list")).to_have_value("")
     known = [session["id"] for session in httpx.get(f"{site}/api/sessions").json()["data"]]
     assert first in known
-    page.locator("#turns button").first.click()
+    page.locator("#turns button").nth(1).click()
     expect(page.locator("#stream")).to_contain_text("⟨0⟩first")
+    written = page.locator("#stream").text_content()
+    page.reload()  # what the server still holds can be opened again
+    page.locator("#turns button").nth(1).click()
+    expect(page.locator("#stream")).to_have_text(written or "")
 
 
 def test_chat_is_answered(page: Page) -> None:

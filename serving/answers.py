@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from serving.generation import Generation, Piece
-from serving.requests import Done, PromptRead, PromptToken, RowTrace, Token
+from serving.generation import Generation, Piece, Route
+from serving.requests import Done, PromptRead, PromptToken, Token
 from serving.runtime import Runtime
 from serving.tokens import Codec
 
@@ -71,9 +71,9 @@ class Answer(ABC):
         """The last chunk of a stream that was asked for its usage."""
         return {**self._head, "object": self.chunk_kind, "choices": [], "usage": self.usage()}
 
-    def _chunk(self, choice: dict[str, Any], trace: RowTrace | None = None) -> dict[str, Any]:
+    def _chunk(self, choice: dict[str, Any], route: Route | None = None) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_kind, "choices": [choice]}
-        return chunk if trace is None else {**chunk, "route": route(trace)}
+        return chunk if route is None else {**chunk, "route": route}
 
     def _note(self, piece: Piece) -> None:
         """What every shape keeps of a piece."""
@@ -120,8 +120,7 @@ class CompletionAnswer(Answer):
             self._note(piece)
         self._entries[index] += entries
         finish = event.finish if isinstance(event, Done) else None
-        trace = event.trace if isinstance(event, Token) else None
-        return [self._chunk(self._choice(index, text, finish, entries), trace)]
+        return [self._chunk(self._choice(index, text, finish, entries), piece.route)]
 
     def choice(self, index: int) -> dict[str, Any]:
         """See `Answer`."""
@@ -172,7 +171,7 @@ class ChatAnswer(Answer):
             return [self._chunk(self._delta(piece.index, delta, event.finish, []))]
         entries = [_chat_entry(self._codec, event)] if self._logprobs else []
         self._entries[piece.index] += entries
-        return [self._chunk(self._delta(piece.index, {"content": piece.text}, None, entries), event.trace)]
+        return [self._chunk(self._delta(piece.index, {"content": piece.text}, None, entries), piece.route)]
 
     def choice(self, index: int) -> dict[str, Any]:
         """See `Answer`."""
@@ -189,18 +188,6 @@ class ChatAnswer(Answer):
 
     def _scores(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
         return {"content": entries, "refusal": None} if self._logprobs else None
-
-
-def route(trace: RowTrace) -> list[list[list[float]]]:
-    """Of each traced layer the experts that the last token went to, with their weights: [[expert, weight], ...]."""
-    layers = []
-    for layer in trace.batch.layers:
-        if layer.routing is None or not layer.routing.experts.shape[1]:
-            continue
-        experts = layer.routing.experts[trace.row, -1].tolist()
-        weights = layer.routing.weights[trace.row, -1].tolist()
-        layers.append([[e, round(w, 4)] for e, w in zip(experts, weights, strict=True) if e >= 0])
-    return layers
 
 
 def token_text(codec: Codec, token: int) -> str:

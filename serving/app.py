@@ -28,8 +28,6 @@ from serving.tokens import Codec
 from synapse_arch import SynapseModel
 from synapse_arch.model import accounting
 
-COMPLETION_LIMIT = "max_completion_tokens"
-
 
 def create_app(model: SynapseModel, codec: Codec, settings: Settings, *, session_key: bytes | None = None) -> FastAPI:
     """A server of one model. Its engine runs from now until the application's lifespan ends.
@@ -105,7 +103,7 @@ def _schema(app: FastAPI, settings: Settings) -> dict[str, Any]:
         for body, name in (
             ("CompletionBody", "max_tokens"),
             ("ChatBody", "max_tokens"),
-            ("ChatBody", COMPLETION_LIMIT),
+            ("ChatBody", "max_completion_tokens"),
         ):
             parts[body]["properties"][name]["anyOf"][0]["maximum"] = settings.max_output_tokens
     return app.openapi_schema or {}

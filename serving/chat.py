@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = {name: getattr(given, name) for name in fields if getattr(given, name) is not None}
     routes = sys.stdout.isatty() and not given.no_routes
     if routes:
-        options["trace"] = {"level": "routes"}
+        options["trace"] = {"level": "routes", "inline": True}
     key = os.environ.get("SYNAPSE_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(10, read=None)

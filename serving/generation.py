@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from starlette.types import Receive
 
 from serving.errors import ApiError, bad_request
 from serving.introspection.interventions import check_layers, parse
-from serving.requests import Done, Failed, GenerationRequest, PromptRead, Token
+from serving.requests import Done, Failed, GenerationRequest, PromptRead, RowTrace, Token
 from serving.runtime import Runtime
 from serving.schemas import MOST_CHOICES, GenerationBody
 from serving.sessions import Session
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 SCATTER = 0x9E3779B97F4A7C15
 """Splitmix64's increment: seeds of neighbouring choices stay apart."""
+
+Route = list[list[list[float]]]
+"""By layer the experts of a token with their weights: [[expert, weight], ...]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +64,13 @@ class Piece:
         index: which output.
         text: what it adds to the text.
         event: what the engine said.
+        route: the experts that the token went to, where a trace was asked to show them at once.
     """
 
     index: int
     text: str
     event: PromptRead | Token | Done
+    route: Route | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,34 +107,29 @@ class Generation:
         self.count, self.choices = len(outputs), ask.body.choices
         self.seed: int = outputs[0].ticket.seed
         self.session = session
+        self._inline = ask.body.trace is not None and ask.body.trace.inline
         self.trace: TraceRecord | None = None
 
     def prompt(self, index: int) -> Sequence[int]:
         """The token ids that were given for an output, without an opening token that was put in front."""
         return self._outputs[index].prompt
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """Everything that happens, as it happens; leaving early cancels what is still on its way.
 
         Raises:
             ApiError, SynapseError: an output failed, or its session was continued by another.
         """
         sources = [self._follow(output) for output in self._outputs]
-        pending = {asyncio.ensure_future(anext(source)): source for source in sources}
+        joined = sources[0] if len(sources) == 1 else _side_by_side(sources)  # alone without a task for each event
         try:
-            while pending:
-                done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    source = pending.pop(task)
-                    with suppress(StopAsyncIteration):
-                        piece = task.result()
-                        pending[asyncio.ensure_future(anext(source))] = source
-                        yield piece
+            async with aclosing(joined):
+                async for piece in joined:
+                    yield piece
         finally:
             self.cancel()
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+            for source in sources:
+                await source.aclose()
 
     def cancel(self) -> None:
         """Gives up what is still on its way; nothing of it is kept."""
@@ -138,7 +138,7 @@ class Generation:
         if self.trace is not None:
             self.trace.cancel()
 
-    async def _follow(self, output: _Output) -> AsyncIterator[Piece]:
+    async def _follow(self, output: _Output) -> AsyncGenerator[Piece]:
         """One output's pieces: text comes with the token that completes it."""
         decoder, metrics = self._runtime.codec.decoder(), self._runtime.metrics
         last: float | None = None
@@ -156,7 +156,9 @@ class Generation:
                 else:
                     metrics.next_token(now - last)
                 last = now
-                yield Piece(output.index, decoder.decode(self._runtime.codec.token_bytes(event.id)), event)
+                shown = event.trace if self._inline else None
+                path = None if shown is None else await run_in_threadpool(route, shown)
+                yield Piece(output.index, decoder.decode(self._runtime.codec.token_bytes(event.id)), event, path)
             else:
                 metrics.finished(event.finish, event.prompt_tokens, event.output_tokens)
                 if event.finish == "cancelled":
@@ -228,6 +230,24 @@ async def begin(runtime: Runtime, owner: str, request_id: str, ask: Ask) -> Gene
     return generation
 
 
+async def _side_by_side(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
+    """What several sources give, in the order in which it comes."""
+    pending = {asyncio.ensure_future(anext(source)): source for source in sources}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                source = pending.pop(task)
+                with suppress(StopAsyncIteration):
+                    piece = task.result()
+                    pending[asyncio.ensure_future(anext(source))] = source
+                    yield piece
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
 async def unless_gone(receive: Receive, generation: Generation) -> list[Piece] | None:
     """All pieces of an answer that is sent whole; None where the client has gone, and then nothing goes on."""
 
@@ -244,6 +264,18 @@ async def unless_gone(receive: Receive, generation: Generation) -> list[Piece] |
             task.cancel()
         await asyncio.gather(collecting, leaving, return_exceptions=True)
         generation.cancel()
+
+
+def route(trace: RowTrace) -> Route:
+    """Where the latest token of a trace went, in the layers that were asked for."""
+    layers = []
+    for layer in trace.batch.layers:
+        if layer.routing is None or not layer.routing.experts.shape[1] or not trace.spec.covers(layer.index):
+            continue
+        experts = layer.routing.experts[trace.row, -1].tolist()
+        weights = layer.routing.weights[trace.row, -1].tolist()
+        layers.append([[e, round(w, 4)] for e, w in zip(experts, weights, strict=True) if e >= 0])
+    return layers
 
 
 def _check(runtime: Runtime, ask: Ask) -> None:

@@ -44,11 +44,13 @@ class TraceBody(Body):
         level: "routes" (which experts), "gates" (and gates and memory), "full" (and router logits).
         layers: which; all where it is absent.
         every: stride in tokens.
+        inline: each chunk of a stream carries its token's experts as "route": by layer [[expert, weight], ...].
     """
 
     level: Literal["routes", "gates", "full"] = "routes"
     layers: Annotated[list[TokenId], Field(min_length=1, max_length=1024)] | None = None
     every: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    inline: bool = False
 
 
 class GenerationBody(Body):

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from serving.tokens import byte_codec
-from synapse_arch import Sampling
+from synapse_arch import Sampling, TraceSpec
 from tests.serving.servers import (
     byte_model,
     client_of,
@@ -247,6 +247,26 @@ class TestChat:
         with client_of(make_app(model)) as client:
             body = {"messages": [{"role": "user", "content": "?"}], "temperature": 0, "max_tokens": 20}
             assert client.post("/v1/chat/completions", json=body).json()["choices"][0]["finish_reason"] == "length"
+
+
+class TestTraces:
+    def test_chunks_can_carry_their_tokens_experts(self, client: TestClient) -> None:
+        body = {"prompt": "Hello", "temperature": 0, "max_tokens": 5, "stream": True}
+        plain = events(client.post("/v1/completions", json=body))
+        traced = events(client.post("/v1/completions", json=body | {"trace": {"level": "routes"}}))
+        shown = events(client.post("/v1/completions", json=body | {"trace": {"layers": [1], "inline": True}}))
+        assert not any("route" in chunk for chunk in (*plain[:-1], *traced[:-1]))
+        assert {chunk["trace_id"] for chunk in plain[:-1]} == {None}
+        assert traced[0]["trace_id"].startswith("trace-")
+        text = byte_codec().encode("".join(chunk["choices"][0]["text"] for chunk in plain[:-1]))
+        model, ids = byte_model(), torch.tensor([[0, *b"Hello", *text]])
+        with torch.no_grad():
+            routing = model(ids, trace=TraceSpec()).trace.layer(1).routing
+        routes = [chunk["route"] for chunk in shown[:-1] if "route" in chunk]
+        assert len(routes) == 5
+        for place, (layer,) in enumerate(routes, start=6):
+            assert [expert for expert, _ in layer] == routing.experts[0, place].tolist()
+            assert [weight for _, weight in layer] == pytest.approx(routing.weights[0, place].tolist(), abs=1e-3)
 
 
 class TestRefusals:

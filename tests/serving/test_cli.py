@@ -255,6 +255,14 @@ class TestBadClients:
         wait_for(lambda: self.idle(app))
         self.served(address)
 
+    def test_gone_with_several_outputs(self, app: FastAPI, address: str) -> None:
+        connection = self.send(address, self.BODY.replace(b"{", b'{"n": 4, '))
+        assert connection.recv(100)
+        wait_for(lambda: runtime(app).engine.stats.queued == 2)
+        connection.close()
+        wait_for(lambda: self.idle(app))
+        self.served(address)
+
     def test_gone_while_an_answer_is_sent_whole(self, app: FastAPI, address: str) -> None:
         body = self.BODY.replace(b"true", b"null")
         connection = self.send(address, body)

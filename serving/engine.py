@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from serving import interventions
 from serving.batch import Batch, seat_for
 from serving.prefill import Prompt, read_prompt
-from serving.requests import Draining, EngineFault, Failed, Finish, GenerationRequest, QueueFull
+from serving.requests import Done, Draining, EngineFault, Failed, Finish, GenerationRequest, QueueFull, Timing
 from serving.rows import take_row
 from serving.running import Running
 from serving.tickets import Ticket
@@ -77,7 +77,7 @@ class Engine:
         slots: requests that run at once.
         queue: requests that may wait for a slot.
         prefill_chunk: tokens of a prompt read between two steps.
-        buffer: events that may wait for a reader before its request is given up.
+        buffer: events that may wait for a reader before its request is given up; a quarter where gates are traced.
 
     Raises:
         ConfigError: a number below 1 (queue: below 0).
@@ -102,7 +102,7 @@ class Engine:
         self._model, self._piece, self._room, self._buffer = model.eval(), prefill_chunk, queue, buffer
         self._batch = Batch(self._model, slots)
         self._waiting: deque[tuple[Ticket, float]] = deque()
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[tuple[Callable[[], None], Future[Any]]] = deque()
         self._running: dict[int, Running] = {}
         self._reading: deque[Running] = deque()
         self._change = threading.Condition()
@@ -127,7 +127,9 @@ class Engine:
         """
         self._check(request)
         seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
-        ticket = Ticket(request, seed=seed, room=self._buffer, wake=self._wake)
+        traced = request.trace is not None and request.trace.wants("gates")  # such a step holds the memories
+        room = max(1, self._buffer // 4) if traced else self._buffer
+        ticket = Ticket(request, seed=seed, room=room, wake=self._wake)
         with self._change:
             self._refuse_when_draining()
             free = self._batch.slots - len(self._running)
@@ -160,7 +162,7 @@ class Engine:
 
         with self._change:
             self._refuse_when_draining()
-            self._jobs.append(job)
+            self._jobs.append((job, future))
             self._change.notify()
         return future
 
@@ -246,7 +248,7 @@ class Engine:
     def _turn(self) -> None:
         """Jobs, who leaves, who comes, a piece of a prompt, a step."""
         while self._jobs:
-            self._jobs.popleft()()
+            self._jobs.popleft()[0]()
         self._drop_cancelled()
         self._admit()
         self._read_piece()
@@ -257,24 +259,25 @@ class Engine:
         for running in list(self._running.values()):
             if running.ticket.cancelled:
                 self._complete(running, "cancelled", None)
-        if any(ticket.cancelled for ticket, _ in list(self._waiting)):
-            with self._change:
-                gone = [entry for entry in self._waiting if entry[0].cancelled]
-                self._waiting = deque(entry for entry in self._waiting if not entry[0].cancelled)
-            for ticket, since in gone:
-                self._finished["cancelled"] += 1
-                Running(ticket, seat_for(ticket.request, 0), -1, None, since).finish("cancelled", None)
+        with self._change:
+            gone = [entry for entry in self._waiting if entry[0].cancelled]
+            for entry in gone:
+                self._waiting.remove(entry)
+        for ticket, since in gone:
+            self._finished["cancelled"] += 1
+            timing = Timing(time.perf_counter() - since, 0.0, 0.0)
+            ticket.put(Done("cancelled", None, len(ticket.request.prompt), 0, timing))
 
     def _admit(self) -> None:
         """Gives free slots to those who wait, first come first served."""
         with self._change:
-            free = [row for row in range(self._batch.slots) if row not in self._running]
-            for row in free[: len(self._waiting)]:
-                ticket, since = self._waiting.popleft()
-                seat = seat_for(ticket.request, ticket.seed)
-                running = Running(ticket, seat, row, read_prompt(self._model, seat, self._piece), since)
-                self._running[row] = running
-                self._reading.append(running)
+            for row in range(self._batch.slots):
+                if row not in self._running and self._waiting:
+                    ticket, since = self._waiting.popleft()
+                    seat = seat_for(ticket.request, ticket.seed)
+                    running = Running(ticket, seat, row, read_prompt(self._model, seat, self._piece), since)
+                    self._running[row] = running
+                    self._reading.append(running)
 
     def _read_piece(self) -> None:
         """Reads one piece of one prompt, in turn."""
@@ -359,4 +362,6 @@ class Engine:
             self._finished["failed"] += 1
             ticket.put(Failed(late))
         while self._jobs:
-            self._jobs.popleft()()
+            _, future = self._jobs.popleft()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(late)

@@ -50,7 +50,7 @@ def throughput(model: SynapseModel, streams: int, tokens: int, rounds: int) -> F
     """Tokens a second of several streams over those of one, prompts included."""
     engine = Engine(model, slots=streams)
     try:
-        runs = {str(n): partial(_run, engine, n, tokens) for n in (1, streams)}
+        runs: dict[str, Callable[[], object]] = {str(n): partial(_run, engine, n, tokens) for n in (1, streams)}
         times = interleaved(runs, rounds, f"1 and {streams} streams")
     finally:
         engine.close()

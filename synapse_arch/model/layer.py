@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,16 +99,21 @@ class SynapseLayer(nn.Module):
             x = controls.finish(x)
         record = None
         if spec is not None:
-            record = spec.record(
-                lambda: LayerTrace(
-                    index=self.index,
-                    routing=made(thalamus.trace),
-                    experts=experts and made(experts.trace),
-                    gates=xlstm and made(xlstm.trace),
-                    memory=memory and made(memory.trace),
-                    expert_ids=self.experts.expert_ids if self.experts else None,
-                )
-            )
+            parts = (thalamus, experts, xlstm, memory)
+            record = self._record(spec, *(part and part.trace for part in parts))
         return LayerOutput(
             x, LayerState(xlstm and xlstm.state, thalamus.state, memory and memory.state), thalamus.routing, record
+        )
+
+    def _record(self, spec: TraceSpec, routing: Any, experts: Any, gates: Any, memory: Any) -> Recorded[LayerTrace]:
+        """The regions' records as one; nothing else of the pass is held by it."""
+        return spec.record(
+            lambda: LayerTrace(
+                index=self.index,
+                routing=made(routing),
+                experts=made(experts),
+                gates=made(gates),
+                memory=made(memory),
+                expert_ids=self.experts.expert_ids if self.experts else None,
+            )
         )

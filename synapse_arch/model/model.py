@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from synapse_arch.errors import ShapeError, StateError, explain
 from synapse_arch.introspection.joining import join_traces
 from synapse_arch.introspection.probes import synapse_trace
-from synapse_arch.introspection.records import SynapseTrace
+from synapse_arch.introspection.records import LayerTrace, SynapseTrace
 from synapse_arch.introspection.trace import Recorded, TraceSpec, made
 from synapse_arch.model import generation
 from synapse_arch.model.config import SynapseConfig
@@ -69,6 +69,12 @@ def _windows(length: int, segment_ids: Tensor | None) -> list[slice]:
     if torch.is_grad_enabled() or segment_ids is not None:
         return [slice(0, length)]
     return [slice(start, min(start + WINDOW, length)) for start in range(0, length, WINDOW)]
+
+
+def _join_traces(parts: list[Recorded[SynapseTrace] | None], spec: TraceSpec) -> SynapseTrace:
+    """The traces of all windows as one."""
+    traces = [made(part) for part in parts if part is not None]
+    return traces[0] if len(traces) == 1 else join_traces(traces, max_tokens=spec.max_tokens)
 
 
 def _join(parts: tuple[Routing | None, ...]) -> Routing | None:
@@ -178,6 +184,7 @@ class SynapseModel(nn.Module):
         routings = [_join(parts) for parts in zip(*(one.routings for one in passes), strict=True)]
         logits = self.head(self.norm(x[:, -logits_to_keep:]) * self.logit_scale)
         load = self._load(routings)
+        record = None if trace is None else trace.record(partial(_join_traces, [one.trace for one in passes], trace))
         losses = {}
         if targets is not None:
             shared = reduce_load(load) if reduce_load is not None and load is not None else load
@@ -187,9 +194,9 @@ class SynapseModel(nn.Module):
             state=passes[-1].state,
             loss=sum(losses.values(), start=logits.new_zeros(())) if losses else None,
             losses=losses,
-            trace=None if trace is None or trace.later else self._join_traces(passes, trace),
+            trace=None if callable(record) else record,
             expert_load=load,
-            pending=partial(self._join_traces, passes, trace) if trace is not None and trace.later else None,
+            pending=record if callable(record) else None,
         )
 
     def stream(self, ids: Tensor, state: SynapseState | None = None, **options: Any) -> generation.TokenStream:
@@ -244,7 +251,8 @@ class SynapseModel(nn.Module):
         """One pass through the layers, which take all `options` alike."""
         spec, mask = options["trace"], options["mask"]
         x = self.embedding(ids)
-        states, routings, records = [], [], []
+        states, routings = [], []
+        records: list[Recorded[LayerTrace] | None] = []
         for layer, remembered, hands in zip(self._layers(), before.layers, controls, strict=True):
             if self.recompute and torch.is_grad_enabled():
                 out = recomputed(layer, x, remembered, use_reentrant=False, controls=hands, **options)
@@ -256,19 +264,26 @@ class SynapseModel(nn.Module):
             records.append(out.trace)
         trace = None
         if spec is not None:
-            labels = self.config.experts.labels if self.config.experts else None
-            trace = spec.record(
-                lambda: synapse_trace(
-                    ids,
-                    before.position,
-                    tuple(made(record) for record in records if record is not None),
-                    spec,
-                    labels=labels,
-                    mask=mask,
-                )
-            )
+            trace = self._record(spec, ids, before.position, records, mask)
         read = ids.shape[1] if mask is None else mask.sum(1)
         return _Pass(x, SynapseState(tuple(states), before.position + read), routings, trace)
+
+    def _record(
+        self,
+        spec: TraceSpec,
+        ids: Tensor,
+        position: Tensor,
+        records: list[Recorded[LayerTrace] | None],
+        mask: Tensor | None,
+    ) -> Recorded[SynapseTrace]:
+        """The layers' records as one; nothing else of the pass is held by it."""
+        labels = self.config.experts.labels if self.config.experts else None
+
+        def make() -> SynapseTrace:
+            layers = tuple(made(record) for record in records if record is not None)
+            return synapse_trace(ids, position, layers, spec, labels=labels, mask=mask)
+
+        return spec.record(make)
 
     def _losses(
         self,
@@ -291,10 +306,6 @@ class SynapseModel(nn.Module):
             z = torch.stack([router_z_loss(routing, mask) for routing in routed]).mean()
             losses |= {"balance": c.load_balance * balance, "z": c.z_loss * z}
         return losses
-
-    def _join_traces(self, passes: list[_Pass], spec: TraceSpec) -> SynapseTrace:
-        traces = [made(one.trace) for one in passes if one.trace is not None]
-        return traces[0] if len(traces) == 1 else join_traces(traces, max_tokens=spec.max_tokens)
 
     def _load(self, routings: list[Routing | None]) -> Tensor | None:
         counts = [expert_load(routing.indices, self.config.n_experts) for routing in routings if routing is not None]

@@ -1,5 +1,6 @@
 """Traces of real modules and models: they change nothing, stream exactly, and never wait for the device."""
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 
@@ -194,6 +195,17 @@ def test_records_made_later_are_the_same(model: SynapseModel, ids: Tensor, level
     assert at_once.pending is None
     assert torch.equal(later.logits, at_once.logits)
     same(later.pending(), at_once.trace, rtol=0, atol=0)
+
+
+def test_what_is_made_later_holds_nothing_else_of_the_pass(model: SynapseModel, ids: Tensor) -> None:
+    with torch.no_grad():
+        out = model(ids[:, :1], model(ids).state, trace=TraceSpec(level="full", later=True))
+    layer = out.state.layers[0]
+    gone = [weakref.ref(x) for x in (layer.xlstm.cell.C, layer.xlstm.conv, layer.thalamus.mamba.ssm, out.logits)]
+    pending = out.pending
+    del out, layer
+    assert [ref() for ref in gone] == [None] * 4
+    assert pending().length == 1
 
 
 def test_routes_made_later_cost_the_pass_nothing(model: SynapseModel, ids: Tensor) -> None:

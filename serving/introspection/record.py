@@ -12,27 +12,21 @@ import math
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from statistics import median
-from typing import Any, TypeVar
 
-from torch import Tensor
-
+from serving.introspection.columns import Ring
 from serving.requests import Done, Event, Failed, GenerationRequest, PromptRead, RowTrace, Token
-from serving.rows import cut_trace
-from synapse_arch.introspection import SynapseTrace, join_traces
-from synapse_arch.introspection.joining import PER_TOKEN
+from synapse_arch.introspection import SynapseTrace
 
-BUNCH = 8
+MAKE = 4
+"""Passes after which their traces are made, as until then each holds all states of its step."""
+BUNCH = 32
 """Passes that are decoded together."""
-MOST_WAITING = 32
-"""Passes that may wait, each with the tensors of its step; whoever adds one more decodes them himself."""
-TENSOR_BYTES = 512
-"""What a tensor takes besides its numbers."""
+MOST_WAITING = 64
+"""Passes that may wait; whoever adds one more decodes them himself."""
 BASE_BYTES = 8192
 """What a record takes besides its tensors."""
-
-Record = TypeVar("Record")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +68,7 @@ class TraceRecord:
         seed: what the run's draws come from.
         most_tokens: tokens it keeps, the latest.
         most_bytes: bytes that what grows with its tokens may take.
-        decode: gets `decode` called soon, by another thread.
+        soon: gets `prepare` called soon, by another thread.
         grown: called when its size has changed.
     """
 
@@ -89,18 +83,17 @@ class TraceRecord:
         seed: int,
         most_tokens: int,
         most_bytes: int,
-        decode: Callable[[TraceRecord], None],
+        soon: Callable[[TraceRecord], None],
         grown: Callable[[TraceRecord], None],
     ) -> None:
         assert request.trace is not None, "only what is traced has a record"
         self.id, self.request, self.spec = trace_id, request, request.trace
         self.request_id, self.session_id, self.owner, self.seed = request_id, session_id, owner, seed
         self.first = 0 if request.state is None else int(request.state.position[0])
-        self._most_tokens, self._most_bytes = most_tokens, most_bytes
-        self._decode_soon, self._grown = decode, grown
+        self._soon, self._grown = soon, grown
         self._lock, self._decoding = threading.Lock(), threading.Lock()  # taken in the other order
         self._pending: list[RowTrace] = []
-        self._trace: SynapseTrace | None = None
+        self._ring = Ring(most_tokens, most_bytes)
         self._prompt_tokens = self._version = 0
         self._ids, self._logprobs, self._entropies = array("i"), array("d"), array("d")
         self._opened, self._seconds = time.perf_counter(), 0.0
@@ -130,8 +123,7 @@ class TraceRecord:
         """Bytes it takes, the snapshot included."""
         with self._lock:
             tokens = sum(x.itemsize * len(x) for x in (self._ids, self._logprobs, self._entropies))
-            sizes = [] if self._trace is None else [_size(x) for x in tensors(self._trace)]
-            return BASE_BYTES + self.snapshot_bytes + tokens + 8 * len(self._times) + sum(sizes)
+            return BASE_BYTES + self.snapshot_bytes + tokens + 8 * len(self._times) + self._ring.nbytes
 
     def add(self, event: Event) -> None:
         """Notes an event of the request's ticket. Cheap: what a pass reported is decoded later."""
@@ -155,8 +147,8 @@ class TraceRecord:
             return
         if waiting >= MOST_WAITING:
             self.decode()
-        elif waiting and waiting % BUNCH == 0:
-            self._decode_soon(self)
+        elif waiting and waiting % MAKE == 0:
+            self._soon(self)
         self._wake()
 
     def cancel(self) -> None:
@@ -165,32 +157,39 @@ class TraceRecord:
             if self._closed:
                 return
             self._closed, self.finish = True, self.finish or "cancelled"
-        self._decode_soon(self)
+        self._soon(self)
         self._wake()
 
+    def prepare(self) -> None:
+        """Makes the traces of the passes that wait, and decodes them where they are many or the last."""
+        began = time.perf_counter()
+        with self._lock:
+            passes = list(self._pending)
+        for one in passes:
+            _ = one.batch
+        self._seconds += time.perf_counter() - began
+        if self._closed or len(passes) >= BUNCH:
+            self.decode()
+
     def decode(self) -> None:
-        """Joins the passes that wait to what is kept, as much of it as may be."""
+        """Adds the passes that wait to what is kept."""
         with self._decoding:
-            with self._lock:
-                passes, self._pending = self._pending, []
-            if passes:
-                began = time.perf_counter()
-                joined = self._joined(passes)
-                with self._lock:
-                    self._trace = joined
-                    self._seconds += time.perf_counter() - began
+            self._gather()
         self._grown(self)
 
     def view(self) -> View:
         """What is known by now."""
         with self._lock:
             version = self._version
-        self.decode()
+        with self._decoding:
+            self._gather()
+            trace = self._ring.whole()
+        self._grown(self)
+        last = self.first if trace is None else int(trace.at[0, -1]) + 1
+        wanted = len(range(-self.spec.start % self.spec.every, last - self.first, self.spec.every))
+        kept = 0 if trace is None else len(trace.positions)
         with self._lock:
             gaps = [b - a for a, b in itertools.pairwise(self._times)]
-            last = self.first if self._trace is None else int(self._trace.at[0, -1]) + 1
-            wanted = len(range(-self.spec.start % self.spec.every, last - self.first, self.spec.every))
-            kept = 0 if self._trace is None else len(self._trace.positions)
             seconds = {
                 "queue": self._queued,
                 "ttft": self._times[0] - self._opened if self._times else None,
@@ -198,7 +197,7 @@ class TraceRecord:
                 "trace": self._seconds,
             }
             return View(
-                self._trace, self.first, self._ids[:], self._logprobs[:], self._entropies[:], self._prompt_tokens,
+                trace, self.first, self._ids[:], self._logprobs[:], self._entropies[:], self._prompt_tokens,
                 self.finish, wanted - kept, seconds, version,
             )  # fmt: skip
 
@@ -237,6 +236,16 @@ class TraceRecord:
         self._entropies.extend([*unknown, *(_number(score.entropy) for score in scores)])
         self._prompt_tokens = len(self.request.prompt)
 
+    def _gather(self) -> None:
+        with self._lock:
+            passes, self._pending = self._pending, []
+        if passes:
+            began = time.perf_counter()
+            self._ring.add(passes)
+            if self._closed:
+                self._ring.whole()
+            self._seconds += time.perf_counter() - began
+
     def _wake(self) -> None:
         with self._lock:
             self._version += 1
@@ -244,79 +253,6 @@ class TraceRecord:
         for wake in watchers:
             wake()
 
-    def _joined(self, passes: list[RowTrace]) -> SynapseTrace:
-        """What is kept and further passes, as much of it as may be."""
-        parts = [row_trace(list(run), self._most_tokens) for _, run in itertools.groupby(passes, _kind)]
-        joined = _cut_to([*([] if self._trace is None else [self._trace]), *parts], self._most_tokens)
-        room = max(1, self._most_bytes // max(1, token_bytes(joined)))
-        return joined if len(joined.positions) <= room else _cut_to([joined], room)
-
-
-def row_trace(passes: list[RowTrace], most: int) -> SynapseTrace:
-    """Passes of one row and one kind of batch as one trace on the CPU, B = 1; at most the last `most` tokens."""
-    first = passes[0]
-    batch = first.batch if len(passes) == 1 else join_traces([one.batch for one in passes], max_tokens=most)
-    return map_trace(lambda x: x.cpu(), cut_trace(batch, first.row, first.spec))
-
-
-def token_bytes(trace: SynapseTrace) -> int:
-    """Bytes that one kept token takes."""
-    values = [
-        value
-        for record in parts_of(trace)
-        for name in PER_TOKEN[type(record)]
-        if (value := getattr(record, name)) is not None
-    ]
-    return sum(x[0, :1].numel() * x.element_size() for x in (*values, trace.tokens, trace.at))
-
-
-def parts_of(trace: SynapseTrace) -> Iterator[Any]:
-    """The records of all layers that hold values a token."""
-    for layer in trace.layers:
-        yield from (part for part in (layer.routing, layer.gates, layer.memory) if part is not None)
-
-
-def map_trace(function: Callable[[Tensor], Tensor], record: Record) -> Record:
-    """A trace with every tensor replaced by what `function` makes of it."""
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(record):  # type: ignore[arg-type]
-        value = getattr(record, field.name)
-        if isinstance(value, Tensor):
-            changes[field.name] = function(value)
-        elif dataclasses.is_dataclass(value):
-            changes[field.name] = map_trace(function, value)
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            changes[field.name] = tuple(map_trace(function, one) for one in value)
-    return dataclasses.replace(record, **changes)  # type: ignore[type-var]
-
-
-def tensors(record: object) -> Iterator[Tensor]:
-    """All tensors of a trace."""
-    if isinstance(record, Tensor):
-        yield record
-    elif isinstance(record, tuple):
-        for one in record:
-            yield from tensors(one)
-    elif dataclasses.is_dataclass(record):
-        for field in dataclasses.fields(record):
-            yield from tensors(getattr(record, field.name))
-
-
-def _cut_to(parts: list[SynapseTrace], most: int) -> SynapseTrace:
-    """The parts as one, in memory of its own; at most the last `most` tokens."""
-    joined = join_traces(parts, max_tokens=most)
-    return map_trace(lambda x: x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x, joined)
-
-
-def _kind(trace: RowTrace) -> tuple[Any, ...]:
-    """What passes must share to be joined before their row is cut out."""
-    batch = trace.batch
-    return trace.row, batch.level, batch.tokens.shape[0], tuple(layer.index for layer in batch.layers)
-
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _size(x: Tensor) -> int:
-    return TENSOR_BYTES + x.numel() * x.element_size()

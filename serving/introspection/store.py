@@ -54,7 +54,7 @@ class TraceStore:
         record = TraceRecord(
             f"trace-{secrets.token_hex(16)}", request, request_id=request_id, session_id=session_id, owner=owner,
             seed=seed, most_tokens=self._settings.trace_tokens, most_bytes=self._settings.trace_bytes,
-            decode=self._decode, grown=self._grown,
+            soon=self._prepare, grown=self._grown,
         )  # fmt: skip
         with self._lock:
             self._records[record.id] = (record, self._clock())
@@ -103,9 +103,9 @@ class TraceStore:
             for trace_id in list(self._records):
                 self._drop(trace_id)
 
-    def _decode(self, record: TraceRecord) -> None:
+    def _prepare(self, record: TraceRecord) -> None:
         with suppress(RuntimeError):  # the store is closed: nobody will ask
-            self._decoder.submit(record.decode)
+            self._decoder.submit(record.prepare)
 
     def _grown(self, record: TraceRecord) -> None:
         """Counts a record's bytes anew; those to which nothing has come for longest make room."""

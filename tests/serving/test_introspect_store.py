@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from serving.errors import ApiError
+from serving.introspection import columns as columns_module
 from serving.introspection import record as record_module
 from serving.introspection.record import TraceRecord
 from serving.introspection.store import TraceStore
@@ -78,7 +79,7 @@ def whole(model: SynapseModel, asked: GenerationRequest, tokens: tuple[int, ...]
 
 
 def same(got: SynapseTrace, want: SynapseTrace) -> None:
-    pairs = zip(record_module.tensors(got), record_module.tensors(want), strict=True)
+    pairs = zip(columns_module.tensors(got), columns_module.tensors(want), strict=True)
     for a, b in pairs:
         close = 1e-5 if a.dtype == torch.float32 else 1e-8
         torch.testing.assert_close(a, b, equal_nan=True, rtol=close, atol=close)
@@ -104,13 +105,14 @@ def test_passes_become_the_trace_of_one_reading(model: SynapseModel) -> None:
 
 def test_passes_are_decoded_by_another_thread(model: SynapseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever adds events, the event loop as a rule, does no work for it."""
-    threads, row_trace = [], record_module.row_trace
+    threads, row_trace = [], columns_module.row_trace
 
     def decode(passes: list[RowTrace], most: int) -> SynapseTrace:
         threads.append(threading.current_thread().name)
         return row_trace(passes, most)
 
-    monkeypatch.setattr(record_module, "row_trace", decode)
+    monkeypatch.setattr(columns_module, "row_trace", decode)
+    monkeypatch.setattr(record_module, "BUNCH", 4)
     asked, store = request(), TraceStore(Settings())
     record = opened(store, asked)
     for event in passes(model, asked, (1,) * 9):
@@ -123,12 +125,13 @@ def test_passes_are_decoded_by_another_thread(model: SynapseModel, monkeypatch: 
     assert {name.split("_")[0] for name in threads} == {"synapse-traces"}
 
 
-def test_where_the_decoder_lags_whoever_adds_waits(model: SynapseModel) -> None:
+def test_where_the_decoder_lags_whoever_adds_waits(model: SynapseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "MOST_WAITING", 8)
     asked, store = request(), TraceStore(Settings())
     record = opened(store, asked)
     busy = threading.Event()
     store._decoder.submit(busy.wait)
-    for event in passes(model, asked, (1,) * 70):
+    for event in passes(model, asked, (1,) * 20):
         record.add(event)
         assert len(record._pending) < record_module.MOST_WAITING
     busy.set()
@@ -147,7 +150,9 @@ def test_what_is_dropped_is_the_oldest_and_counted(model: SynapseModel, limits: 
     if "trace_tokens" in limits:
         assert kept == 8
     else:
-        assert kept * record_module.token_bytes(view.trace) <= 4000 < (kept + 1) * record_module.token_bytes(view.trace)
+        assert (
+            kept * columns_module.token_bytes(view.trace) <= 4000 < (kept + 1) * columns_module.token_bytes(view.trace)
+        )
     assert view.overflow == 63 - kept
     assert view.trace.at[0].tolist() == list(range(63 - kept, 63))
     full = whole(model, asked, tokens)
@@ -166,7 +171,7 @@ def test_nothing_larger_than_the_trace_is_kept_alive(model: SynapseModel) -> Non
         record.add(event)
     view = record.view()
     assert view.trace is not None
-    for tensor in record_module.tensors(view.trace):
+    for tensor in columns_module.tensors(view.trace):
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 

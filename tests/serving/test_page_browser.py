@@ -132,7 +132,8 @@ def test_everything_by_keyboard(page: Page) -> None:
             """() => {
                 const at = document.activeElement;
                 const marked = [at, at.nextElementSibling, at.parentElement].filter(Boolean);
-                return marked.some((one) => getComputedStyle(one).outlineStyle !== "none");
+                const wide = (style) => style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 1;
+                return marked.some((one) => wide(getComputedStyle(one)));
             }"""
         )
         assert seen, f"focus cannot be seen on {found}"

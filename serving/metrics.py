@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serving.stores import StoreUnavailable
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -31,8 +34,15 @@ class Metrics:
         )
 
     def watch(self, name: str, about: str, value: Callable[[], float]) -> None:
-        """Adds a figure that is asked for whenever the metrics are read."""
-        Gauge(name, about, registry=self._registry).set_function(value)
+        """Adds a figure that is asked for whenever the metrics are read; NaN where a store does not answer."""
+
+        def asked() -> float:
+            try:
+                return value()
+            except StoreUnavailable:
+                return math.nan
+
+        Gauge(name, about, registry=self._registry).set_function(asked)
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         """A response has gone out, or its client has gone."""

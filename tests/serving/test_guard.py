@@ -12,7 +12,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from serving.guard import PUBLIC, PUBLIC_BELOW
+from serving.errors import ApiError
+from serving.guard import PUBLIC, PUBLIC_BELOW, check_json
 from serving.settings import Settings
 from synapse_arch.errors import ConfigError
 from tests.serving.servers import SECRET, byte_model, client_of, make_app, refused, runtime
@@ -64,6 +65,7 @@ def _routes(routes: Any) -> Iterator[Any]:
 
 class TestKeys:
     def test_everything_but_the_public_set_needs_one(self, locked: FastAPI, stranger: TestClient) -> None:
+        assert (set(PUBLIC), PUBLIC_BELOW) == ({"/", "/health", "/ready"}, "/static/")
         tried = operations(locked)
         assert len(tried) > 15
         for method, path in tried:
@@ -141,6 +143,13 @@ MALFORMED = {
     "null": b"null", "number": b"1", "empty": b"", "no json": b"{", "not utf-8": b'{"prompt": "\xff"}',
     "huge integer": b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "trailing": b'{"prompt": "x"} x',
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(MALFORMED) - {"nul", "overflow", "array", "string", "null", "number"}))
+def test_no_json_at_all(name: str) -> None:
+    """Refused before any route sees it."""
+    with pytest.raises(ApiError, match="the body is no JSON"):
+        check_json(MALFORMED[name])
 
 
 class TestBodies:

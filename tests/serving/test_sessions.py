@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from serving.tokens import Codec
 from synapse_arch import SynapseState
 from tests.helpers import assert_equal
+from tests.serving.programs import redis_server
 from tests.serving.servers import byte_model, client_of, events, make_app, refused, runtime
 
 KEYS = ("first-key-of-the-tests", "second-key-of-the-tests")
@@ -319,3 +320,13 @@ class TestStores:
         with client_of(make_app(byte_model(seed=1), **where)) as client:
             response = client.post("/v1/completions", json={"prompt": "x", "session_id": session})
             refused(response, 409, "session_id", "session_of_another_model")
+
+    def test_a_store_that_went_away(self, tmp_path: Path) -> None:
+        """Sessions are not to be had, in so many words; all else goes on."""
+        with redis_server(tmp_path) as url:
+            app = make_app(session_store=url)
+        with client_of(app) as client:
+            refused(client.post("/api/sessions", json={}), 503, code="store_unavailable")
+            assert say(client, "Hello")
+            assert "synapse_sessions NaN" in client.get("/metrics").text
+            assert client.get("/ready").status_code == 200

@@ -139,7 +139,7 @@ def mixed_requests(count: int, seed: int) -> list[GenerationRequest]:
         ])  # fmt: skip
         requests.append(
             ask(
-                prompt, max_tokens=draw.choice([1, 3, 8, 13]), seed=number, trace=spec,
+                prompt, max_tokens=draw.choice([1, 4, 9, 18]), seed=number, trace=spec,
                 top_logprobs=draw.choice([0, 0, 3]), echo_logprobs=draw.random() < 0.3, **drawing,
             )
         )  # fmt: skip

@@ -3,22 +3,27 @@
 import { h, replace } from "./dom.js";
 import { on, state } from "./state.js";
 
-// Builds the inside of a <figure>; `table` returns the table's rows when it is open.
+// Builds the inside of a <figure>; `table` makes the table of the same numbers, `fill` makes it anew.
 export function frame(figure, { title, hint, tools = [], table }) {
   const id = `${figure.id}-title`;
-  const note = h("p", { class: "quiet small" }, hint);
   const body = h("div", { class: "lanes" });
-  const scroll = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${title} as a table` });
-  const details = h("details", { class: "as-table" }, h("summary", null, "Show as a table"), scroll);
+  const { details, fill } = asTable(title, table);
   const heading = h("div", { class: "row between wrap" }, h("h2", { id }, title), ...tools);
-  replace(figure, h("header", null, heading, note), body, details);
+  replace(figure, h("header", null, heading, h("p", { class: "quiet small" }, hint)), body, details);
   figure.setAttribute("role", "group");
   figure.setAttribute("aria-labelledby", id);
+  return { body, fill };
+}
+
+// What opens to a table; it is made only while it is open.
+export function asTable(title, table) {
+  const scroll = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${title} as a table` });
+  const details = h("details", { class: "as-table" }, h("summary", null, "Show as a table"), scroll);
   const fill = () => {
     if (details.open) replace(scroll, table());
   };
   details.addEventListener("toggle", fill);
-  return { body, note, fill };
+  return { details, fill };
 }
 
 // Calls `draw` for `element` when one of `keys` changed and it is on the screen or near it; the first time at once, so

@@ -1,8 +1,9 @@
 // The text, token by token: colour by a measure, the cursor, and the tokens that a memory read came from.
 
+import { asTable, listed, table } from "./chart.js";
+import { keys } from "./cursor.js";
 import { $, h, replace, segments } from "./dom.js";
 import { glyph, number } from "./format.js";
-import { keys } from "./cursor.js";
 import { BINS, MEASURES, survey } from "./measures.js";
 import { moveTo, on, set, state } from "./state.js";
 
@@ -29,7 +30,21 @@ export function startStream() {
   });
   on("cursor version", () => point(box));
   on("sources", mark);
+  const { details, fill } = asTable("Text", rows);
+  box.parentElement.append(details);
+  on("version cursor from to layer", fill);
   colour();
+}
+
+function rows() {
+  const { trace, layer, cursor } = state;
+  const [from, to] = listed();
+  const shown = Object.values(MEASURES).filter(({ short }) => short);
+  const list = trace.tokens.slice(from, to).map(({ pos, text, src }, index) => {
+    const values = shown.map((measure) => number(measure.of(trace, layer, from + index)));
+    return [`${pos} ${glyph(text)}`, src === "gen" ? "written" : "read", ...values];
+  });
+  return table(`Tokens ${from} to ${to - 1}`, ["token", "", ...shown.map(({ label }) => label)], list, cursor - from);
 }
 
 function grow(box) {

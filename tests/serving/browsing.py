@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from serving.page import STATIC
 
 CSS = (STATIC / "page.css").read_text()
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE = 30_000  # milliseconds, for machines with other things to do
 GUTTER_RIGHT = 8  # pixels that every chart keeps free to its right
 ROW = 15  # pixels of a heatmap's row
 
@@ -26,6 +27,7 @@ def browser() -> Iterator[Browser]:
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
         pytest.skip(f"needs a browser ({', '.join(NAMES)}); on Debian: apt-get install chromium")
+    expect.set_options(timeout=PATIENCE)
     args = ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     if os.geteuid() == 0:
         args.append("--no-sandbox")  # Chromium refuses to run as root with one
@@ -44,7 +46,7 @@ def visit(running: Browser, site: str, *, expected: tuple[str, ...] = (), **cont
     asked: list[str] = []
     surroundings = running.new_context(**({"viewport": {"width": 1280, "height": 900}} | context))
     page = surroundings.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(PATIENCE)
     page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))

@@ -158,7 +158,7 @@ def test_everything_by_keyboard(page: Page) -> None:
 
 def test_every_chart_has_its_numbers_as_a_table(page: Page, site: str) -> None:
     trace = trace_of(site, generate(page, "tables too", tokens=6))
-    for figure in ("routing", "gates", "memory", "pathways"):
+    for figure in ("stream ~", "routing", "gates", "memory", "pathways"):
         details = page.locator(f"#{figure} details.as-table")
         details.locator("summary").click()
         expect(details.locator("tbody tr").first).to_be_attached()

@@ -96,13 +96,20 @@ def client_of(app: FastAPI, key: str | None = None) -> Iterator[TestClient]:
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The address of the application on loopback, served by a thread."""
+    with running(app) as (_, address):
+        yield address
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[tuple[Server, str]]:
+    """The same with its server."""
     with listen("127.0.0.1", 0) as found:
         server = Server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [found]}, daemon=True)
         thread.start()
         wait_for(lambda: server.started)
         try:
-            yield f"http://127.0.0.1:{found.getsockname()[1]}"
+            yield server, f"http://127.0.0.1:{found.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(10)

@@ -91,7 +91,7 @@ class TestCompletions:
         assert (got["session_id"], got["trace_id"]) == (None, None)
 
     def test_a_seed_repeats_and_another_does_not(self, client: TestClient) -> None:
-        options = {"temperature": 1, "max_tokens": 40}
+        options = {"temperature": 1, "max_tokens": 12}
         assert text_of(client, seed=1, **options) == text_of(client, seed=1, **options)
         assert text_of(client, seed=1, **options) != text_of(client, seed=2, **options)
         drawn = complete(client, **options)
@@ -99,12 +99,12 @@ class TestCompletions:
         assert text_of(client, seed=-5, **options) == text_of(client, seed=-5, **options)
 
     def test_repetition_penalty(self, client: TestClient) -> None:
-        assert text_of(client, repetition_penalty=10, max_tokens=60) != text_of(client, max_tokens=60)
+        assert text_of(client, repetition_penalty=10, max_tokens=24) != text_of(client, max_tokens=24)
 
     def test_a_stateless_call_starts_from_nothing(self, client: TestClient) -> None:
-        before = text_of(client, max_tokens=60)
+        before = text_of(client, max_tokens=24)
         text_of(client, prompt="The secret is xyzzy. " * 20)
-        assert text_of(client, max_tokens=60) == before
+        assert text_of(client, max_tokens=24) == before
 
     def test_token_ids_are_a_prompt_too(self, client: TestClient) -> None:
         assert text_of(client, prompt=list(b"Hello")) == text_of(client) == text_of(client, prompt=[0, *b"Hello"])
@@ -323,9 +323,9 @@ class TestRefusals:
 
 class TestCrowds:
     def test_a_full_queue_says_when_to_come_back(self) -> None:
-        app = make_app(cycle_model("abc"), slots=1, queue=1, max_output_tokens=20000)
+        app = make_app(cycle_model("abc"), slots=1, queue=1, max_output_tokens=20_000)
         with client_of(app) as client, listening(app) as address:
-            body = {"prompt": "a", "max_tokens": 20000, "temperature": 0, "stream": True}
+            body = {"prompt": "a", "max_tokens": 20_000, "temperature": 0, "stream": True}
             with httpx.stream("POST", f"{address}/v1/completions", json=body) as first:
                 reading = first.iter_raw()
                 next(reading)

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from serving import __main__ as cli
 from synapse_arch.errors import CheckpointError
 from tests.serving.programs import redis_server, serving
-from tests.serving.servers import byte_model, cycle_model, listening, make_app, runtime, wait_for
+from tests.serving.servers import byte_model, cycle_model, listening, make_app, running, runtime, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -151,19 +151,17 @@ class TestEnding:
             _, said = server.process.communicate(timeout=30)
             assert (server.process.returncode, said) == (0, "")
 
-    def test_what_takes_too_long_ends_in_an_error_frame(self, tmp_path: Path) -> None:
-        cycle_model("abcdefgh").save_pretrained(tmp_path)
+    def test_what_takes_too_long_ends_in_an_error_frame(self) -> None:
+        app = make_app(cycle_model("abcdefgh"), max_output_tokens=100_000, drain=0.3)
         body = {"prompt": "a", "max_tokens": 100_000, "temperature": 0, "stream": True}
-        limits = ("--max-output-tokens", "100000", "--drain", "0.5")
-        with serving("--model", str(tmp_path), "--log-level", "error", *limits) as server:
-            with httpx.stream("POST", f"{server.address}/v1/completions", json=body) as response:
+        with running(app) as (server, address):
+            with httpx.stream("POST", f"{address}/v1/completions", json=body) as response:
                 lines = response.iter_lines()
                 next(lines)
-                server.process.terminate()
+                server.handle_exit(signal.SIGTERM, None)
                 *_, last = [line for line in lines if line]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
-            _, said = server.process.communicate(timeout=30)
-            assert (server.process.returncode, said) == (0, "")
+            wait_for(lambda: server.should_exit)
 
 
 class TestReplicas:

@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     work = made.add_argument_group("work").add_argument
     work("--slots", type=int, metavar="N", help="sequences decoded side by side (8)")
     work("--queue", type=int, metavar="N", help="requests that may wait (64)")
-    work("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt between two decode steps (256)")
+    work("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt between two decode steps (64)")
     work("--max-prompt-tokens", type=int, metavar="N", help="of a request (131072)")
     work("--max-output-tokens", type=int, metavar="N", help="of an output (4096)")
     kept = made.add_argument_group("sessions").add_argument

@@ -50,7 +50,7 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     slots: int = 8
     queue: int = 64
-    prefill_chunk: int = 256
+    prefill_chunk: int = 64
     max_prompt_tokens: int = 131_072
     max_output_tokens: int = 4096
     max_body: int = MIB

@@ -80,6 +80,7 @@ def _server(s: Sizes) -> list[Figure]:
         with served(Path(folder), "--threads", threads, "--slots", slots, "--prefill-chunk", "64") as server:
             return [
                 load.overhead(server, model, s.streams, s.tokens, s.rounds),
+                load.processor_time(server, model, s.streams, s.tokens, s.rounds),
                 load.throughput(server, s.streams, s.tokens, s.rounds),
                 *load.evenness(server, s.clients, s.tokens, s.each),
             ]

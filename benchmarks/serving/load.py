@@ -53,6 +53,24 @@ def overhead(server: Server, model: SynapseModel, streams: int, tokens: int, rou
     )  # fmt: skip
 
 
+def processor_time(server: Server, model: SynapseModel, streams: int, tokens: int, rounds: int) -> Figure:
+    """Processor time a step in the server's process beyond the bare step's, which other programs hardly change."""
+    bare, shares = BareLoop(model, streams), []
+
+    def spent(count: int) -> float:
+        before = server.cpu_seconds()
+        _check(asyncio.run(_together(server.port, streams, count)), count)
+        return server.cpu_seconds() - before
+
+    spent(streams)
+    for _ in progress(range(rounds), "processor time"):
+        before = bare.seconds(tokens, time.process_time)
+        step = (spent(2 * streams + tokens) - spent(2 * streams)) / tokens  # prompts and joins cancel out
+        shares.append(2 * step / (before + bare.seconds(tokens, time.process_time)) - 1)
+    what = f"server: processor time a step beyond the bare step of {streams} rows"
+    return Figure(what=what, values=tuple(shares), unit="share", goal=0.1)
+
+
 def evenness(server: Server, clients: int, tokens: int, each: int) -> list[Figure]:
     """How much longer than usual a client waits for a token while many come and go."""
     answers = asyncio.run(_clients(server.port, clients, tokens, each))

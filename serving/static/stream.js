@@ -44,7 +44,12 @@ function rows() {
     const values = shown.map((measure) => number(measure.of(trace, layer, from + index)));
     return [`${pos} ${glyph(text)}`, src === "gen" ? "written" : "read", ...values];
   });
-  return table(`Tokens ${from} to ${to - 1}`, ["token", "origin", ...shown.map(({ label }) => label)], list, cursor - from);
+  return table(
+    `Tokens ${from} to ${to - 1}`,
+    ["token", "origin", ...shown.map(({ label }) => label)],
+    list,
+    cursor - from,
+  );
 }
 
 function grow(box) {

@@ -76,10 +76,10 @@ async def attribute(
         ApiError: 400, no such memory or token.
     """
     memory = _check(config, layer, head)
-    prompt, output = record.tokens()
+    _, output = record.tokens()
     run = Run.of(record.request, output)
     at = pos - run.first
-    if not 0 <= at < len(prompt) + len(output):
+    if not 0 <= at < len(run.ids):
         last = run.first + len(run.ids) - 1
         raise bad_request(f"pos: expected {run.first} to {last}, got {pos}", "pos")
     window = await _replay(engine, run, _Window(layer), at, piece)

@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format demo bench peers paper clean
+.PHONY: help venv test check format demo serve bench peers paper clean
 
 help:  ## show this
 	@echo "synapse_arch: make TARGET"
@@ -48,6 +48,9 @@ format: $(STAMP)  ## put every file into the house format
 demo: $(STAMP)  ## train the tiny model on Python's own source (10 minutes on 2 cores), sample, look inside
 	@trap '' INT; $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --dynamo_backend no \
 	  --mixed_precision no recipes/train.py --preset tiny --out $(OUT) $(ARGS)
+
+serve: $(STAMP)  ## serve the demo's model: API and page at http://127.0.0.1:8000 (another one: ARGS="--model FOLDER")
+	@trap '' INT; $(BIN)/python -m serving $(ARGS)
 
 bench: $(STAMP)  ## measure the core: exactness, streaming, speed, memory, linearity
 	@$(BIN)/python -m benchmarks.core $(ARGS)

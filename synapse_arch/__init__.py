@@ -17,6 +17,7 @@ from synapse_arch.errors import (
 )
 from synapse_arch.introspection import TraceSpec
 from synapse_arch.model import (
+    Controls,
     GenerateOutput,
     LayerState,
     Sampling,
@@ -50,6 +51,7 @@ __all__ = [
     "BackendUnavailable",
     "CheckpointError",
     "ConfigError",
+    "Controls",
     "DataError",
     "ExpertPool",
     "ExpertsConfig",

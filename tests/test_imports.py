@@ -11,14 +11,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("synapse_arch", "recipes", "merge")
+PACKAGES = ("synapse_arch", "recipes", "merge", "serving")
 BASE = {"torch", "einops", "safetensors"}
 TRAIN = BASE | {"accelerate", "filelock", "tqdm"}
 HF = BASE | {"tokenizers", "transformers"}
 MERGE = BASE | {"numpy"}  # which safetensors[torch] brings along
+SERVE = BASE | {
+    "fastapi",
+    "h11",
+    "httpx",
+    "jinja2",
+    "prometheus_client",
+    "pydantic",
+    "pydantic_core",
+    "starlette",
+    "uvicorn",
+}
 OPTIONAL = (
-    "accelerate", "datasets", "fastapi", "hypothesis", "matplotlib", "mergekit", "optuna", "peft", "pytest", "scipy",
-    "tqdm", "transformers", "yaml",
+    "accelerate", "cryptography", "datasets", "fastapi", "httpx", "hypothesis", "matplotlib", "mergekit", "optuna",
+    "peft", "pydantic", "pytest", "redis", "scipy", "starlette", "tqdm", "transformers", "uvicorn", "yaml",
 )  # fmt: skip
 
 # A part of the code, and the parts it may import besides itself. The longest name that fits a module is its part.
@@ -32,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["synapse_arch.modules"] = {"synapse_arch.introspection", *ALLOWED["synapse_arch.introspection"]}
 ALLOWED["synapse_arch.model"] = {"synapse_arch.modules", *ALLOWED["synapse_arch.modules"]}
 ALLOWED["synapse_arch"] = set(ALLOWED)
-ALLOWED["recipes"] = ALLOWED["merge"] = set(ALLOWED)
+ALLOWED["recipes"] = ALLOWED["merge"] = ALLOWED["serving"] = set(ALLOWED)
 ALLOWED["merge.search"] = set(ALLOWED)  # it judges merges as recipes judge training
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -79,7 +90,7 @@ def test_imports_point_one_way(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_only_declared_dependencies_are_imported(module: str) -> None:
     part = "synapse_arch.hf" if module == "synapse_arch.hf" else module.split(".")[0]
-    allowed = {"recipes": TRAIN, "merge": MERGE, "synapse_arch.hf": HF}.get(part, BASE)
+    allowed = {"recipes": TRAIN, "merge": MERGE, "serving": SERVE, "synapse_arch.hf": HF}.get(part, BASE)
     for name in imports(module, MODULES[module], top=True):
         root = name.split(".")[0]
         assert root in sys.stdlib_module_names or root in PACKAGES or root in allowed, f"{module} imports {name}"

@@ -103,6 +103,11 @@ def pathways(layers: Sequence[LayerTrace], valid: Tensor, top: int) -> tuple[Pat
     return tuple(across[:top] + inside[:top])
 
 
+def weighted_mean(means: Tensor, counts: Tensor) -> Tensor:
+    """The mean over dim 0 weighted by counts; NaN where nothing was counted."""
+    return torch.where(counts > 0, means * counts, 0).sum(0) / counts.sum(0)
+
+
 def expert_statistics(tokens: Tensor, trace: LayerTrace, labels: tuple[str, ...] | None) -> list[dict[str, Any]]:
     """The fields of one ExpertStats an expert.
 
@@ -118,8 +123,8 @@ def expert_statistics(tokens: Tensor, trace: LayerTrace, labels: tuple[str, ...]
     ids = range(experts) if trace.expert_ids is None else trace.expert_ids.tolist()
     activity = trace.experts
     blank = [None] * experts
-    norms = blank if activity is None else _optional(activity.out_norm)
-    sparsity = blank if activity is None else _optional(activity.sparsity)
+    norms = blank if activity is None else _optional(weighted_mean(activity.out_norm, activity.tokens))
+    sparsity = blank if activity is None else _optional(weighted_mean(activity.sparsity, activity.tokens))
     special, shuffled, tops = _token_statistics(tokens, routing.experts, experts)
     return [
         {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from synapse_arch.errors import ConfigError, explain
+from synapse_arch.introspection.analysis import weighted_mean
 from synapse_arch.introspection.records import (
     ExpertTrace,
     GateTrace,
@@ -21,11 +22,12 @@ from synapse_arch.introspection.records import (
 
 Record = TypeVar("Record", RoutingTrace, GateTrace, MemoryTrace)
 
-_PER_TOKEN = {
+PER_TOKEN = {
     RoutingTrace: ("experts", "weights", "p1", "p2", "margin", "entropy", "logits"),
     GateTrace: ("log_i", "log_f", "o_mean", "log_C_norm", "age_tokens"),
     MemoryTrace: ("write", "decay", "collision", "read_conf", "fro_norm"),
 }
+"""The fields of each record that hold one value (or several) a token, (B, n, ...)."""
 
 
 @torch.no_grad()
@@ -72,7 +74,7 @@ def _join_layer(parts: Sequence[LayerTrace], positions: Tensor, most: int) -> La
         routing = dataclasses.replace(
             routing,
             tokens=torch.stack([call.tokens for call in calls]).sum(0),
-            importance=_weighted(torch.stack([call.importance for call in calls]), reads[..., None]),
+            importance=weighted_mean(torch.stack([call.importance for call in calls]), reads[..., None]),
             reads=reads.sum(0),
         )
     if memory is not None:
@@ -89,8 +91,8 @@ def _join_experts(calls: Sequence[ExpertTrace]) -> ExpertTrace | None:
     tokens = torch.stack([call.tokens for call in calls])
     return ExpertTrace(
         tokens=tokens.sum(0),
-        out_norm=_weighted(torch.stack([call.out_norm for call in calls]), tokens),
-        sparsity=_weighted(torch.stack([call.sparsity for call in calls]), tokens),
+        out_norm=weighted_mean(torch.stack([call.out_norm for call in calls]), tokens),
+        sparsity=weighted_mean(torch.stack([call.sparsity for call in calls]), tokens),
     )
 
 
@@ -100,12 +102,7 @@ def _series(calls: Sequence[Record], positions: Tensor, most: int) -> Record | N
         return None
     values = {
         name: torch.cat([getattr(call, name) for call in calls], 1)[:, -most:]
-        for name in _PER_TOKEN[type(calls[0])]
+        for name in PER_TOKEN[type(calls[0])]
         if getattr(calls[0], name) is not None
     }
     return dataclasses.replace(calls[-1], positions=positions, **values)
-
-
-def _weighted(means: Tensor, counts: Tensor) -> Tensor:
-    """The mean over calls (dim 0) weighted by counts; NaN where nothing was counted."""
-    return torch.where(counts > 0, means * counts, 0).sum(0) / counts.sum(0)

@@ -57,6 +57,14 @@ def memory_probe(
     """
     q, k, v, beta, log_decay, o, final = (wide(x) for x in (q, k, v, beta, log_decay, o, final))
     write = None if write is None else wide(write)
+    state = torch.zeros_like(final) if state is None else wide(state)
+    norm_0 = torch.linalg.vector_norm(state, dim=(-2, -1))  # (B, H)
+    if q.shape[1] == 1:
+        after = torch.linalg.vector_norm(final, dim=(-2, -1))[:, None]
+        if k.dim() == 5:
+            k, v, beta, write = k[:, 0], v[:, 0], beta[:, 0], None if write is None else write[:, 0]
+        collision = _step_collision(k, v, beta, write, log_decay[:, 0].exp(), state, norm_0, rule)
+        return MemoryProbe(collision[:, None], _alignment(o, after, q), after)
     steps = 1
     if k.dim() == 5:
         steps = k.shape[2]
@@ -64,34 +72,77 @@ def memory_probe(
         write = None if write is None else write.flatten(1, 2)
         log_decay = _interleave(log_decay, *[torch.zeros_like(log_decay)] * (steps - 1))
         segment_ids, mask = _each(segment_ids, steps), _each(mask, steps)
-    state = torch.zeros_like(final) if state is None else wide(state)
-    norm_0 = torch.linalg.vector_norm(state, dim=(-2, -1))  # (B, H)
-    if k.shape[1] == 1:
-        met = (state * k[:, 0, ..., None]).sum(-2)[:, None]
-        before, after = norm_0[:, None], torch.linalg.vector_norm(final, dim=(-2, -1))[:, None]
-    else:
-        doubled, real = _each(segment_ids, 2), _each(mask, 2)
-        none = torch.zeros_like(beta)
-        keys, decays = _interleave(k, k), _interleave(none, log_decay)
-        reads, _ = delta_rule(
-            keys, keys, _interleave(v, v), _interleave(none, beta), decays, state,
-            write=None if write is None else _interleave(torch.zeros_like(write), write),
-            rule=rule, segment_ids=doubled, mask=real,
-        )  # fmt: skip
-        met = reads[:, ::2]
-        kept = log_decay.exp()[..., None] * met
-        erased = kept if rule == "delta" else torch.zeros_like(kept)
-        wrote = beta[..., None] * (v - erased) if write is None else write * v - beta[..., None] * erased
-        gain = 2 * (kept * wrote).sum(-1) + (k * k).sum(-1) * (wrote * wrote).sum(-1)
-        squares, _ = _scalar_recurrence(_interleave(none, gain), 2 * decays, norm_0**2, segment_ids=doubled, mask=real)
-        norms = squares.clamp(min=0).sqrt()
-        before, after = norms[:, ::2], norms[:, 2 * steps - 1 :: 2 * steps]
-        # where the norm has cancelled to 0, what a read still shows is rounding
-        met, o = torch.where(before[..., None] > 0, met, 0), torch.where(after[..., None] > 0, o, 0)
+    doubled, real = _each(segment_ids, 2), _each(mask, 2)
+    none = torch.zeros_like(beta)
+    keys, decays = _interleave(k, k), _interleave(none, log_decay)
+    reads, _ = delta_rule(
+        keys, keys, _interleave(v, v), _interleave(none, beta), decays, state,
+        write=None if write is None else _interleave(torch.zeros_like(write), write),
+        rule=rule, segment_ids=doubled, mask=real,
+    )  # fmt: skip
+    met = reads[:, ::2]
+    kept = log_decay.exp()[..., None] * met
+    wrote = _effective(v, beta, write, kept, rule)
+    gain = 2 * (kept * wrote).sum(-1) + (k * k).sum(-1) * (wrote * wrote).sum(-1)
+    squares, _ = _scalar_recurrence(_interleave(none, gain), 2 * decays, norm_0**2, segment_ids=doubled, mask=real)
+    norms = squares.clamp(min=0).sqrt()
+    before, after = norms[:, ::2], norms[:, 2 * steps - 1 :: 2 * steps]
+    # where the norm has cancelled to 0, what a read still shows is rounding
+    met, o = torch.where(before[..., None] > 0, met, 0), torch.where(after[..., None] > 0, o, 0)
     collision = _alignment(met, before, k)
     if steps > 1:
         collision = collision.unflatten(1, (-1, steps)).nanmean(2)
     return MemoryProbe(collision, _alignment(o, after, q), after)
+
+
+def _step_collision(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    write: Tensor | None,
+    decay: Tensor,
+    state: Tensor,
+    norm: Tensor,
+    rule: Rule,
+) -> Tensor:
+    """(B, H): the collision of a single token's M writes, from one read of the memory.
+
+    The s-th write meets a Wᵀ k_s + Σ_{j<s} (k_j · k_s) w_j, w_j the effective writes before it; the norms follow
+    the recurrence of `memory_probe`.
+
+    Args:
+        k: (B, M, H, K) keys; v, beta and write alike.
+        v: (B, M, H, V).
+        beta: (B, M, H).
+        write: (B, M, H, V) or None.
+        decay: (B, H) a.
+        state: (B, H, K, V) the memory before the token.
+        norm: (B, H) of it.
+        rule: as given to the op.
+    """
+    held = (k.transpose(1, 2) @ state).transpose(1, 2)  # (B, M, H, V)
+    found = [_alignment(held[:, 0], norm, k[:, 0])]
+    if k.shape[1] == 1:
+        return found[0]
+    held, square = decay[:, None, :, None] * held, (decay * norm) ** 2
+    wrote: list[Tensor] = []
+    lengths = (k * k).sum(-1)
+    for s in range(k.shape[1]):
+        met = held[:, s]
+        for j, earlier in enumerate(wrote):
+            met = met + (k[:, j] * k[:, s]).sum(-1, keepdim=True) * earlier
+        if s:
+            before = square.clamp(min=0).sqrt()
+            found.append(_alignment(torch.where(before[..., None] > 0, met, 0), before, k[:, s]))
+        wrote.append(_effective(v[:, s], beta[:, s], None if write is None else write[:, s], met, rule))
+        square = square + 2 * (met * wrote[s]).sum(-1) + lengths[:, s] * (wrote[s] * wrote[s]).sum(-1)
+    return torch.stack(found).nanmean(0)
+
+
+def _effective(v: Tensor, beta: Tensor, write: Tensor | None, met: Tensor, rule: Rule) -> Tensor:
+    """What a write adds along its key, where the decayed memory answers `met` to it."""
+    erased = met if rule == "delta" else torch.zeros_like(met)
+    return beta[..., None] * (v - erased) if write is None else write * v - beta[..., None] * erased
 
 
 class MLSTMProbe(NamedTuple):

@@ -23,7 +23,7 @@ from synapse_arch.introspection.records import (
     RoutingTrace,
     SynapseTrace,
 )
-from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.introspection.trace import Recorded, TraceSpec
 from synapse_arch.ops._backends import no_autocast
 from synapse_arch.ops.delta_rule import Rule
 from synapse_arch.ops.experts import sort_by_expert
@@ -100,7 +100,7 @@ def gate_trace(
     age: Tensor | None = None,
     segment_ids: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[GateTrace, Tensor, Tensor]:
+) -> tuple[Recorded[GateTrace], Tensor, Tensor]:
     """Records one call of the mLSTM cell; call it where spec.wants("gates").
 
     Args:
@@ -121,16 +121,19 @@ def gate_trace(
         The trace, and mass and age (B, H) for the next MLSTMLayerState.
     """
     probe = mlstm_probe(k, v, log_i, log_f, state, final, mass=mass, age=age, segment_ids=segment_ids, mask=mask)
-    kept_mask = None if mask is None else spec.keep(mask)[..., None]
-    trace = GateTrace(
-        positions=spec.positions(k.shape[1], k.device),
-        log_i=_blank(spec.keep(log_i), kept_mask),
-        log_f=_blank(spec.keep(log_f), kept_mask),
-        o_mean=_blank(wide(spec.keep(o)).mean(-1), kept_mask),
-        log_C_norm=_blank(spec.keep(probe.log_norm), kept_mask),
-        age_tokens=_blank(spec.keep(probe.age), kept_mask),
-    )
-    return trace, probe.final_mass, probe.final_age
+
+    def make() -> GateTrace:
+        kept_mask = None if mask is None else spec.keep(mask)[..., None]
+        return GateTrace(
+            positions=spec.positions(k.shape[1], k.device),
+            log_i=_blank(spec.keep(log_i), kept_mask),
+            log_f=_blank(spec.keep(log_f), kept_mask),
+            o_mean=_blank(wide(spec.keep(o)).mean(-1), kept_mask),
+            log_C_norm=_blank(spec.keep(probe.log_norm), kept_mask),
+            age_tokens=_blank(spec.keep(probe.age), kept_mask),
+        )
+
+    return spec.record(make), probe.final_mass, probe.final_age
 
 
 @torch.no_grad()
@@ -195,14 +198,15 @@ def expert_trace(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor) -> Exp
     """Records what the experts compute; call it where spec.wants("full").
 
     Args:
-        x: (n, D) tokens as given to ops.expert_swiglu.
+        x: (B, T, D) tokens as the experts get them.
         w_in: (E, D, 2F), gate columns first.
         w_out: (E, F, D).
-        indices: (n, k) chosen experts; -1 (unused slot, padding) is left out.
+        indices: (B, T, k) chosen experts; -1 (unused slot, padding) is left out.
     """
     dtype = torch.promote_types(x.dtype, w_in.dtype)
     x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
-    pass_on = _grouped_pass if _can_group(x, w_in) else _dense_pass
+    # A step's few tokens are not worth sorting; and what a row shows must not depend on where the others went.
+    pass_on = _grouped_pass if x.shape[1] > 1 and _can_group(x, w_in) else _dense_pass
     with no_autocast(x):
         counts, norms, silent = pass_on(x, w_in, w_out, indices)
     return ExpertTrace(tokens=counts, out_norm=norms / counts, sparsity=silent / counts)
@@ -254,22 +258,22 @@ def _can_group(x: Tensor, w_in: Tensor) -> bool:
 
 
 def _grouped_pass(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Assignments, summed output norms and summed silent shares of each expert, by sorted assignments."""
-    order, counts = sort_by_expert(indices, w_in.shape[0])
+    """Assignments, summed output norms and summed silent shares (B, E), by sorted assignments."""
+    (rows, _, slots), experts = indices.shape, w_in.shape[0]
+    order, counts = sort_by_expert(indices, experts)
     ends = counts.cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(x[order // indices.shape[1]], w_in, offs=ends).chunk(2, -1)
+    gate, up = F.grouped_mm(x.flatten(0, 1)[order // slots], w_in, offs=ends).chunk(2, -1)
     hidden = F.silu(gate) * up
-    rows = F.grouped_mm(hidden, w_out, offs=ends)
-    norm, silent = _activity(hidden, rows)
+    norm, silent = _activity(hidden, F.grouped_mm(hidden, w_out, offs=ends))
     owner = indices.flatten()[order]
     used = owner >= 0  # rows behind the last expert's are never computed
-    owner = torch.where(used, owner, 0)
-    zero = torch.zeros_like(counts, dtype=norm.dtype)
-    return (
-        counts,
-        zero.scatter_add(0, owner, torch.where(used, norm, 0)),
-        zero.scatter_add(0, owner, torch.where(used, silent, 0)),
-    )
+    place = torch.where(used, order // indices[0].numel() * experts + owner, 0)
+
+    def add(values: Tensor) -> Tensor:
+        total = torch.zeros(rows * experts, dtype=values.dtype, device=values.device)
+        return total.scatter_add(0, place, torch.where(used, values, 0)).view(rows, experts)
+
+    return add(used.long()), add(norm), add(silent)
 
 
 def _dense_pass(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,10 +284,10 @@ def _dense_pass(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor) -> tupl
         gate, up = (x @ w_in[e]).chunk(2, -1)
         hidden = F.silu(gate) * up
         norm, silent = _activity(hidden, hidden @ w_out[e])
-        counts.append(times.sum())
-        norms.append((times * norm).sum())
-        silents.append((times * silent).sum())
-    return torch.stack(counts), torch.stack(norms), torch.stack(silents)
+        counts.append(times.sum(1))
+        norms.append(torch.where(times > 0, times * norm, 0).sum(1))
+        silents.append(torch.where(times > 0, times * silent, 0).sum(1))
+    return torch.stack(counts, -1), torch.stack(norms, -1), torch.stack(silents, -1)
 
 
 def _activity(hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

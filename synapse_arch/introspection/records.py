@@ -193,15 +193,15 @@ class MemoryTrace(_Record):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertTrace(_Record):
-    """What the experts did with their tokens, over the whole batch; level "full"."""
+    """What the experts did with each row's tokens; level "full"."""
 
     tokens: Tensor
-    """(E,) int64: assignments computed by each expert."""
+    """(B, E) int64: assignments computed by each expert."""
     out_norm: Tensor
-    """(E,): mean over its assignments of the L2 norm of the expert's output, before the mixing weight;
-    NaN for an expert without tokens."""
+    """(B, E): mean over its assignments of the L2 norm of the expert's output, before the mixing weight;
+    NaN for an expert without tokens of the row."""
     sparsity: Tensor
-    """(E,): share of its hidden activations h = silu(x Wg) * x Wu with |h| < 0.01; NaN without tokens."""
+    """(B, E): share of its hidden activations h = silu(x Wg) * x Wu with |h| < 0.01; NaN without tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,9 +223,9 @@ class ExpertStats(_Record):
     uniform: float
     """1 / E."""
     out_norm: float | None
-    """See ExpertTrace; None below level "full" or without tokens."""
+    """See ExpertTrace, over all rows; None below level "full" or without tokens."""
     sparsity: float | None
-    """See ExpertTrace; None below level "full" or without tokens."""
+    """See ExpertTrace, over all rows; None below level "full" or without tokens."""
     specialisation: float | None
     """In [0, 1]: KL(P(token | e) || P(token)) / -ln P(e); 1 where e's tokens go to no other expert.
     P counts kept assignments. Few samples inflate it: compare with `specialisation_shuffled`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from synapse_arch.errors import ConfigError, explain
 
 Level = Literal["routes", "gates", "full"]
 LEVELS: tuple[str, ...] = get_args(Level)
+T = TypeVar("T")
+Recorded: TypeAlias = T | Callable[[], T]
+"""A record, or what makes it later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class TraceSpec:
         max_tokens: at most so many offsets are kept a call, the last ones.
         start: what the call's first token counts as in the stride; a call that goes on where another of `start` 0
             and T tokens ended keeps its stride with `start` T.
+        later: the pass only notes what its records are made of, and `SynapseOutput.pending` makes them; until that is
+            called they hold tensors of the pass, its states included.
 
     Counts and means over a whole call (load, importance, writes) always cover every unmasked token.
 
@@ -41,6 +47,7 @@ class TraceSpec:
     every: int = 1
     max_tokens: int = 1024
     start: int = 0
+    later: bool = False
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -82,10 +89,19 @@ class TraceSpec:
             return x.detach()
         return x.detach()[:, self._first(x.shape[1]) :: self.every].clone()
 
+    def record(self, make: Callable[[], T]) -> Recorded[T]:
+        """What `make` returns, or with `later` `make` itself."""
+        return make if self.later else make()
+
     def _first(self, length: int) -> int:
         first = min(-self.start % self.every, length)
         kept = -(-(length - first) // self.every)
         return first + max(0, kept - self.max_tokens) * self.every
+
+
+def made(record: Recorded[T]) -> T:
+    """The record, now."""
+    return record() if callable(record) else record
 
 
 def _is_int(value: object) -> bool:

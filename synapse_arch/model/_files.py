@@ -5,6 +5,7 @@ Shared by states and checkpoints: each gives the error class that its callers ca
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from synapse_arch.errors import CheckpointError, StateError, explain
@@ -55,6 +56,27 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         taken.add(own.untyped_storage().data_ptr())
         separate[name] = own
     return separate
+
+
+def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file."""
+    data: bytes = save(_separate(tensors), metadata=dict(metadata))
+    return data
+
+
+def unpack_tensors(data: bytes, source: str, *, error: FileError) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of what `pack_tensors` made.
+
+    Raises:
+        error: the bytes are truncated, a pickle, or otherwise no safetensors file.
+    """
+    try:
+        tensors: dict[str, Tensor] = load(data)
+    except (SafetensorError, KeyError, ValueError) as cause:
+        remedy = "the file is truncated, damaged or of another format"
+        raise error(explain(source, "a safetensors file", f"{type(cause).__name__}: {cause}", remedy)) from cause
+    size = int.from_bytes(data[:8], "little")  # its header, which load has checked
+    return tensors, json.loads(data[8 : 8 + size]).get("__metadata__", {})
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from synapse_arch.introspection.records import LayerTrace
-from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.introspection.trace import Recorded, TraceSpec, made
 from synapse_arch.model.config import SynapseConfig
+from synapse_arch.model.controls import LayerControls
 from synapse_arch.model.state import LayerState
 from synapse_arch.modules import XLSTM, ExpertPool, FastWeightMemory, Routing, Thalamus
 from synapse_arch.modules.common import RMSNorm
@@ -22,7 +23,7 @@ class LayerOutput(NamedTuple):
     """(B, T, D) the residual stream."""
     state: LayerState
     routing: Routing | None
-    trace: LayerTrace | None
+    trace: Recorded[LayerTrace] | None
 
 
 class SynapseLayer(nn.Module):
@@ -71,33 +72,48 @@ class SynapseLayer(nn.Module):
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
         trace: TraceSpec | None = None,
+        controls: LayerControls | None = None,
+        expert_backend: str = "auto",
     ) -> LayerOutput:
-        """(B, T, D) -> LayerOutput; arguments as for every mixer."""
+        """(B, T, D) -> LayerOutput; arguments as for every mixer and as for the model."""
         spec = trace if trace is not None and trace.covers(self.index) else None
         common = {"segment_ids": segment_ids, "mask": mask, "trace": spec}
         xlstm = experts = memory = None
         if self.xlstm is not None:
             xlstm = self.xlstm(self.xlstm_norm(x), state and state.xlstm, **common)
             x = x + xlstm.y
-        thalamus = self.thalamus(self.thalamus_norm(x), state and state.thalamus, **common)
+        hands = {} if controls is None else {"rank_bias": controls.router_bias, "pathways": controls.pathways}
+        thalamus = self.thalamus(self.thalamus_norm(x), state and state.thalamus, **hands, **common)
         if thalamus.y is not None:
             x = x + thalamus.y
         if self.experts is not None:
-            experts = self.experts(self.experts_norm(x), thalamus.routing, trace=spec)
+            experts = self.experts(self.experts_norm(x), thalamus.routing, trace=spec, backend=expert_backend)
             x = x + experts.y
         if self.memory is not None:
-            memory = self.memory(self.memory_norm(x), state and state.memory, **common)
-            x = x + memory.y
+            plasticity = controls and controls.memory_write
+            memory = self.memory(self.memory_norm(x), state and state.memory, plasticity=plasticity, **common)
+            x = x + (
+                memory.y if controls is None else memory.y * controls.memory_read[:, None, None].to(memory.y.dtype)
+            )
+        if controls is not None:
+            x = controls.finish(x)
         record = None
         if spec is not None:
-            record = LayerTrace(
-                index=self.index,
-                routing=thalamus.trace,
-                experts=experts and experts.trace,
-                gates=xlstm and xlstm.trace,
-                memory=memory and memory.trace,
-                expert_ids=self.experts.expert_ids if self.experts else None,
-            )
+            parts = (thalamus, experts, xlstm, memory)
+            record = self._record(spec, *(part and part.trace for part in parts))
         return LayerOutput(
             x, LayerState(xlstm and xlstm.state, thalamus.state, memory and memory.state), thalamus.routing, record
+        )
+
+    def _record(self, spec: TraceSpec, routing: Any, experts: Any, gates: Any, memory: Any) -> Recorded[LayerTrace]:
+        """The regions' records as one; nothing else of the pass is held by it."""
+        return spec.record(
+            lambda: LayerTrace(
+                index=self.index,
+                routing=made(routing),
+                experts=made(experts),
+                gates=made(gates),
+                memory=made(memory),
+                expert_ids=self.experts.expert_ids if self.experts else None,
+            )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple, cast
 
@@ -14,10 +15,11 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from synapse_arch.errors import ShapeError, StateError, explain
 from synapse_arch.introspection.joining import join_traces
 from synapse_arch.introspection.probes import synapse_trace
-from synapse_arch.introspection.records import SynapseTrace
-from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.introspection.records import LayerTrace, SynapseTrace
+from synapse_arch.introspection.trace import Recorded, TraceSpec, made
 from synapse_arch.model import generation
 from synapse_arch.model.config import SynapseConfig
+from synapse_arch.model.controls import Controls, LayerControls
 from synapse_arch.model.layer import SynapseLayer
 from synapse_arch.model.loss import IGNORED, next_token_nats
 from synapse_arch.model.state import SynapseState
@@ -42,9 +44,11 @@ class SynapseOutput:
     losses: dict[str, Tensor]
     """The terms of the loss, weighted as they are added: "language" (nats a token), "balance", "z"."""
     trace: SynapseTrace | None
-    """What was asked for by `trace`."""
+    """What was asked for by `trace`; None where it is made `later`."""
     expert_load: Tensor | None
     """(L, E) int64: assignments each expert received; None without experts."""
+    pending: Callable[[], SynapseTrace] | None = None
+    """Makes what was asked for by a `trace` with `later`, on any thread, with the bits it would have had at once."""
 
 
 class _Pass(NamedTuple):
@@ -53,7 +57,7 @@ class _Pass(NamedTuple):
     x: Tensor
     state: SynapseState
     routings: list[Routing | None]
-    trace: SynapseTrace | None
+    trace: Recorded[SynapseTrace] | None
 
 
 def _windows(length: int, segment_ids: Tensor | None) -> list[slice]:
@@ -65,6 +69,12 @@ def _windows(length: int, segment_ids: Tensor | None) -> list[slice]:
     if torch.is_grad_enabled() or segment_ids is not None:
         return [slice(0, length)]
     return [slice(start, min(start + WINDOW, length)) for start in range(0, length, WINDOW)]
+
+
+def _join_traces(parts: list[Recorded[SynapseTrace] | None], spec: TraceSpec) -> SynapseTrace:
+    """The traces of all windows as one."""
+    traces = [made(part) for part in parts if part is not None]
+    return traces[0] if len(traces) == 1 else join_traces(traces, max_tokens=spec.max_tokens)
 
 
 def _join(parts: tuple[Routing | None, ...]) -> Routing | None:
@@ -134,6 +144,8 @@ class SynapseModel(nn.Module):
         trace: TraceSpec | None = None,
         logits_to_keep: int = 0,
         reduce_load: Callable[[Tensor], Tensor] | None = None,
+        controls: Controls | None = None,
+        expert_backend: str = "auto",
     ) -> SynapseOutput:
         """Reads tokens, predicts the next ones.
 
@@ -146,25 +158,33 @@ class SynapseModel(nn.Module):
             trace: what to record on the way. The outputs are the same bits with and without.
             logits_to_keep: predict only at so many last positions; 0 means at all.
             reduce_load: sums the experts' loads (L, E) over processes; the balance loss then counts all their tokens.
+            controls: what is done to the regions on the way, at all positions of the call.
+            expert_backend: how the experts are computed, see `expert_swiglu`.
 
         Returns:
             SynapseOutput.
 
         Raises:
             ShapeError: a wrong shape, dtype or id. StateError: a state of another model or batch.
+            ConfigError: controls that leave no choice, an unknown backend.
         """
         self._check(ids, state, targets, logits_to_keep)
+        if controls is not None:
+            controls.check(self.config, ids.shape[0])
+        layered = [None if controls is None else controls.layer(i) for i in range(self.config.n_layers)]
         before = state if state is not None else self.init_state(ids.shape[0], device=ids.device)
         passes: list[_Pass] = []
         for window in _windows(ids.shape[1], segment_ids):
             last = passes[-1].state if passes else before
             part = None if mask is None else mask[:, window]
             spec = None if trace is None else replace(trace, start=trace.start + window.start)
-            passes.append(self._read(ids[:, window], last, segment_ids, part, spec))
+            options: dict[str, Any] = {"segment_ids": segment_ids, "mask": part, "trace": spec}
+            passes.append(self._read(ids[:, window], last, layered, options | {"expert_backend": expert_backend}))
         x = passes[0].x if len(passes) == 1 else torch.cat([one.x for one in passes], dim=1)
         routings = [_join(parts) for parts in zip(*(one.routings for one in passes), strict=True)]
         logits = self.head(self.norm(x[:, -logits_to_keep:]) * self.logit_scale)
         load = self._load(routings)
+        record = None if trace is None else trace.record(partial(_join_traces, [one.trace for one in passes], trace))
         losses = {}
         if targets is not None:
             shared = reduce_load(load) if reduce_load is not None and load is not None else load
@@ -174,8 +194,9 @@ class SynapseModel(nn.Module):
             state=passes[-1].state,
             loss=sum(losses.values(), start=logits.new_zeros(())) if losses else None,
             losses=losses,
-            trace=self._join_traces(passes, trace),
+            trace=None if callable(record) else record,
             expert_load=load,
+            pending=record if callable(record) else None,
         )
 
     def stream(self, ids: Tensor, state: SynapseState | None = None, **options: Any) -> generation.TokenStream:
@@ -225,33 +246,44 @@ class SynapseModel(nn.Module):
         return cast(list[SynapseLayer], list(self.layers))
 
     def _read(
-        self,
-        ids: Tensor,
-        before: SynapseState,
-        segment_ids: Tensor | None,
-        mask: Tensor | None,
-        spec: TraceSpec | None,
+        self, ids: Tensor, before: SynapseState, controls: list[LayerControls | None], options: dict[str, Any]
     ) -> _Pass:
-        """One pass through the layers."""
+        """One pass through the layers, which take all `options` alike."""
+        spec, mask = options["trace"], options["mask"]
         x = self.embedding(ids)
-        states, routings, records = [], [], []
-        for layer, remembered in zip(self._layers(), before.layers, strict=True):
-            options: dict[str, Any] = {"segment_ids": segment_ids, "mask": mask, "trace": spec}
+        states, routings = [], []
+        records: list[Recorded[LayerTrace] | None] = []
+        for layer, remembered, hands in zip(self._layers(), before.layers, controls, strict=True):
             if self.recompute and torch.is_grad_enabled():
-                out = recomputed(layer, x, remembered, use_reentrant=False, **options)
+                out = recomputed(layer, x, remembered, use_reentrant=False, controls=hands, **options)
             else:
-                out = layer(x, remembered, **options)
+                out = layer(x, remembered, controls=hands, **options)
             x = out.x
             states.append(out.state)
             routings.append(out.routing)
             records.append(out.trace)
         trace = None
         if spec is not None:
-            traced = tuple(record for record in records if record is not None)
-            labels = self.config.experts.labels if self.config.experts else None
-            trace = synapse_trace(ids, before.position, traced, spec, labels=labels, mask=mask)
+            trace = self._record(spec, ids, before.position, records, mask)
         read = ids.shape[1] if mask is None else mask.sum(1)
         return _Pass(x, SynapseState(tuple(states), before.position + read), routings, trace)
+
+    def _record(
+        self,
+        spec: TraceSpec,
+        ids: Tensor,
+        position: Tensor,
+        records: list[Recorded[LayerTrace] | None],
+        mask: Tensor | None,
+    ) -> Recorded[SynapseTrace]:
+        """The layers' records as one; nothing else of the pass is held by it."""
+        labels = self.config.experts.labels if self.config.experts else None
+
+        def make() -> SynapseTrace:
+            layers = tuple(made(record) for record in records if record is not None)
+            return synapse_trace(ids, position, layers, spec, labels=labels, mask=mask)
+
+        return spec.record(make)
 
     def _losses(
         self,
@@ -274,12 +306,6 @@ class SynapseModel(nn.Module):
             z = torch.stack([router_z_loss(routing, mask) for routing in routed]).mean()
             losses |= {"balance": c.load_balance * balance, "z": c.z_loss * z}
         return losses
-
-    def _join_traces(self, passes: list[_Pass], spec: TraceSpec | None) -> SynapseTrace | None:
-        traces = [one.trace for one in passes if one.trace is not None]
-        if spec is None or len(traces) == 1:
-            return traces[0] if traces else None
-        return join_traces(traces, max_tokens=spec.max_tokens)
 
     def _load(self, routings: list[Routing | None]) -> Tensor | None:
         counts = [expert_load(routing.indices, self.config.n_experts) for routing in routings if routing is not None]

@@ -27,7 +27,7 @@ class Sampling:
             ones multiplied (CTRL, Keskar et al. 2019); 1 for none. What only `state` has read is not known here.
         stop: sequences of token ids that end the output, found across steps; they are never part of the output.
         seed: makes the draws repeatable; None takes one from torch's global generator.
-        max_tokens: most tokens of output.
+        max_tokens: most tokens of output; 0 only reads the prompt.
 
     Raises:
         ConfigError: a value out of its range.
@@ -54,7 +54,7 @@ class Sampling:
         _require("stop", sequences, "a tuple of non-empty tuples of token ids", self.stop)
         in_range = self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63)
         _require("seed", in_range, "an integer from 0 to 2**63 - 1", self.seed)
-        _require("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 1, "1 or more", self.max_tokens)
+        _require("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 0, "0 or more", self.max_tokens)
 
 
 class Found(NamedTuple):

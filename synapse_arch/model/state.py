@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from synapse_arch.errors import StateError, explain
-from synapse_arch.model._files import PathLike, TensorFile, save_whole, write_tensors
+from synapse_arch.model._files import PathLike, TensorFile, pack_tensors, save_whole, unpack_tensors, write_tensors
 from synapse_arch.modules.memory import FastWeightState
 from synapse_arch.modules.thalamus import ThalamusState
 from synapse_arch.modules.xlstm import MLSTMLayerState
@@ -184,9 +184,7 @@ class SynapseState:
         Raises:
             StateError: the file cannot be written; an older file of that name is untouched.
         """
-        metadata = {"format": "pt", "schema": STATE_SCHEMA, "layers": str(len(self.layers))}
-        tensors = self.to_tensors()
-        save_whole(Path(path), lambda aside: write_tensors(aside, tensors, metadata), error=StateError)
+        save_whole(Path(path), lambda aside: write_tensors(aside, *self._described()), error=StateError)
 
     @staticmethod
     def load(path: PathLike, *, device: torch.device | str = "cpu") -> SynapseState:
@@ -196,18 +194,25 @@ class SynapseState:
             StateError: the file is missing, truncated, a pickle, or holds no state of a schema known here.
         """
         file = TensorFile(Path(path), error=StateError)
-        schema = file.metadata.get("schema")
-        if schema != STATE_SCHEMA:
-            remedy = "give a file that SynapseState.save wrote with this version of the library"
-            raise StateError(explain(f"{path}: schema", STATE_SCHEMA, schema, remedy))
         tensors = {name: file.tensor(name).to(device, copy=True) for name in file.names}
-        count = file.metadata.get("layers", "")
-        if not count.isdecimal() or len(count) > 6 or "position" not in tensors:
-            raise StateError(explain(str(path), "a number of layers and a position", "neither or one of them"))
-        layers = tuple(_build(LayerState, f"layers.{index}", tensors) for index in range(int(count)))
-        state = SynapseState(layers, tensors["position"])
-        _check_loaded(state, tensors, str(path))
-        return state
+        return _restore(tensors, file.metadata, str(path))
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes, in memory."""
+        return pack_tensors(*self._described())
+
+    @staticmethod
+    def from_bytes(data: bytes, *, source: str = "state") -> SynapseState:
+        """Reads what `to_bytes` made, or the content of a file of `save`, onto the CPU; errors name `source`.
+
+        Raises:
+            StateError: as `load`.
+        """
+        return _restore(*unpack_tensors(data, source, error=StateError), source)
+
+    def _described(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What a file of it holds: the tensors, and what they are."""
+        return self.to_tensors(), {"format": "pt", "schema": STATE_SCHEMA, "layers": str(len(self.layers))}
 
     def _map(self, function: Callable[..., Tensor], *others: SynapseState) -> SynapseState:
         layers = map_tensors(function, self.layers, *(other.layers for other in others))
@@ -239,6 +244,21 @@ def _build(kind: type, prefix: str, tensors: dict[str, Tensor]) -> Any:
             remedy = "the file holds the state of another model"
             raise StateError(explain(name, "a tensor of that name", "none", remedy))
     return kind._make(values)  # type: ignore[attr-defined]
+
+
+def _restore(tensors: dict[str, Tensor], metadata: dict[str, str], source: str) -> SynapseState:
+    """A state from the tensors and the metadata of a file."""
+    schema = metadata.get("schema")
+    if schema != STATE_SCHEMA:
+        remedy = "give a file that SynapseState.save wrote with this version of the library"
+        raise StateError(explain(f"{source}: schema", STATE_SCHEMA, schema, remedy))
+    count = metadata.get("layers", "")
+    if not count.isdecimal() or len(count) > 6 or "position" not in tensors:
+        raise StateError(explain(source, "a number of layers and a position", "neither or one of them"))
+    layers = tuple(_build(LayerState, f"layers.{index}", tensors) for index in range(int(count)))
+    state = SynapseState(layers, tensors["position"])
+    _check_loaded(state, tensors, source)
+    return state
 
 
 def _check_loaded(state: SynapseState, tensors: dict[str, Tensor], path: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from synapse_arch.errors import ConfigError, ShapeError, explain
 from synapse_arch.introspection.probes import expert_trace
 from synapse_arch.introspection.records import ExpertTrace
-from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.introspection.trace import Recorded, TraceSpec
 from synapse_arch.modules.common import check_input, check_positive, linear
 from synapse_arch.modules.thalamus import Routing
 from synapse_arch.ops import expert_swiglu
@@ -50,7 +50,7 @@ class ExpertOutput(NamedTuple):
 
     y: Tensor
     """(B, T, D), without the residual."""
-    trace: ExpertTrace | None = None
+    trace: Recorded[ExpertTrace] | None = None
 
 
 class ExpertPool(nn.Module):
@@ -83,32 +83,34 @@ class ExpertPool(nn.Module):
             self.shared_in = linear(d_model, 2 * c.d_shared)
             self.shared_out = linear(c.d_shared, d_model, scale=scale)
 
-    def forward(self, x: Tensor, routing: Routing, *, trace: TraceSpec | None = None) -> ExpertOutput:
+    def forward(
+        self, x: Tensor, routing: Routing, *, trace: TraceSpec | None = None, backend: str = "auto"
+    ) -> ExpertOutput:
         """Sends each token through its experts.
 
         Args:
             x: (B, T, D).
             routing: indices and weights (B, T, k); an index of -1 is a slot without expert.
             trace: what to record; expert activity at level "full".
+            backend: of `expert_swiglu`.
 
         Returns:
             ExpertOutput with y (B, T, D).
 
         Raises:
-            ShapeError: x or routing do not fit.
+            ShapeError: x or routing do not fit. ConfigError, BackendUnavailable: the backend.
         """
         check_input("ExpertPool", x, self.d_model)
         if routing.indices.shape[:2] != x.shape[:2]:
             expected = (*x.shape[:2], "k")
             raise ShapeError(explain("routing", expected, tuple(routing.indices.shape), "route the same tokens"))
         tokens, indices = x.flatten(0, 1), routing.indices.flatten(0, 1)
-        y = expert_swiglu(tokens, self.w_in, self.w_out, indices, routing.weights.flatten(0, 1)).unflatten(
-            0, x.shape[:2]
-        )
+        weights = routing.weights.flatten(0, 1)
+        y = expert_swiglu(tokens, self.w_in, self.w_out, indices, weights, backend=backend).unflatten(0, x.shape[:2])
         if self.config.d_shared:
             gate, up = self.shared_in(x).chunk(2, dim=-1)
             y = y + self.shared_out(F.silu(gate) * up)
         record = None
         if trace is not None and trace.wants("full"):
-            record = expert_trace(tokens, self.w_in, self.w_out, indices)
+            record = trace.record(lambda: expert_trace(x, self.w_in, self.w_out, routing.indices))
         return ExpertOutput(y, record)

@@ -88,6 +88,23 @@ class FastWeightState(NamedTuple):
     """(B, H, K, V) the fast weights, float32 or wider."""
 
 
+class MemorySignals(NamedTuple):
+    """What a sequence does to the memory, as `ops.delta_rule` takes it; with M > 1 the axis M stands behind T."""
+
+    q: Tensor
+    """(B, T, H, K) queries."""
+    k: Tensor
+    """(B, T, [M,] H, K) keys."""
+    v: Tensor
+    """(B, T, [M,] H, V) values."""
+    beta: Tensor
+    """(B, T, [M,] H) strengths."""
+    log_decay: Tensor
+    """(B, T, H)."""
+    write: Tensor | None
+    """(B, T, [M,] H, V) strengths of the values, None where they are beta."""
+
+
 class FastWeightMemory(nn.Module):
     """A memory that learns during inference: keys and values are written into a matrix a head, queries read it.
 
@@ -136,6 +153,7 @@ class FastWeightMemory(nn.Module):
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
         trace: TraceSpec | None = None,
+        plasticity: Tensor | None = None,
     ) -> MixerOutput:
         """Writes and reads along a sequence.
 
@@ -145,6 +163,7 @@ class FastWeightMemory(nn.Module):
             segment_ids: (B, T) ints; nothing crosses a change of id.
             mask: (B, T) bool; False positions neither write nor exist for the others.
             trace: what to record; the memory from level "gates" on.
+            plasticity: (B,) multiplies each row's writing strengths and log decays; at 0 the memory stays as it is.
 
         Returns:
             MixerOutput with y (B, T, D), a FastWeightState and a MemoryTrace where asked for.
@@ -154,8 +173,33 @@ class FastWeightMemory(nn.Module):
         """
         check_input("FastWeightMemory", x, self.d_model)
         check_state("FastWeightMemory", state, FastWeightState)
-        c = self.config
         packing: Any = {"segment_ids": segment_ids, "mask": mask}
+        signals, opening, conv = self._signals(x, state, plasticity, packing)
+        how: Any = {**signals._asdict(), "state": state and state.weights, "rule": self.config.rule, **packing}
+        o, weights = delta_rule(**how)
+        record = None
+        if trace is not None and trace.wants("gates"):
+            record = trace.record(lambda: memory_trace(o=o, final=weights, spec=trace, **how))
+        y = self.out_proj(gate(self.norm(o).flatten(2), opening, "silu"))
+        return MixerOutput(y, FastWeightState(conv, weights), record)
+
+    def signals(
+        self,
+        x: Tensor,
+        state: FastWeightState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        plasticity: Tensor | None = None,
+    ) -> MemorySignals:
+        """What `forward` of the same arguments does to the memory and asks of it."""
+        return self._signals(x, state, plasticity, {"segment_ids": segment_ids, "mask": mask})[0]
+
+    def _signals(
+        self, x: Tensor, state: FastWeightState | None, plasticity: Tensor | None, packing: dict[str, Any]
+    ) -> tuple[MemorySignals, Tensor, Tensor]:
+        """The signals, the output gate's pre-activation (B, T, H V), and the convolution's state."""
+        c = self.config
         opening, strength, step, *amount = self.gate_proj(x).split(self.gates, dim=-1)
         mixed, conv = self.conv(self.in_proj(x), state and state.conv, **packing)
         q, k, v = mixed.split(self.mixed, dim=-1)
@@ -163,16 +207,11 @@ class FastWeightMemory(nn.Module):
         v = self._by_write(v, c.d_value)
         beta = c.beta_max * torch.sigmoid(wide(self._by_write(strength)))
         log_decay = -self.A_log.exp() * F.softplus(wide(step) + self.dt_bias)
-        how: Any = {"rule": c.rule, **packing}
-        if c.write_gate:
-            how["write"] = torch.sigmoid(wide(self._by_write(amount[0], c.d_value)))
-        o, weights = delta_rule(q, k, v, beta, log_decay, state and state.weights, **how)
-        record = None
-        if trace is not None and trace.wants("gates"):
-            before = state and state.weights
-            record = memory_trace(q, k, v, beta, log_decay, o, before, weights, trace, **how)
-        y = self.out_proj(gate(self.norm(o).flatten(2), opening, "silu"))
-        return MixerOutput(y, FastWeightState(conv, weights), record)
+        write = torch.sigmoid(wide(self._by_write(amount[0], c.d_value))) if amount else None
+        if plasticity is not None:
+            beta, log_decay = _by_row(beta, plasticity), _by_row(log_decay, plasticity)
+            write = None if write is None else _by_row(write, plasticity)
+        return MemorySignals(q, k, v, beta, log_decay, write), opening, conv
 
     def _by_write(self, x: Tensor, *width: int) -> Tensor:
         """(B, T, M H ...) -> (B, T, M, H, ...), without the axis M where a token writes once."""
@@ -180,3 +219,8 @@ class FastWeightMemory(nn.Module):
         sizes = (self.config.n_heads, *width)
         y: Tensor = x.unflatten(-1, sizes if steps == 1 else (steps, *sizes))
         return y
+
+
+def _by_row(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiplies each row of x (B, ...) by its own factor (B,)."""
+    return x * factor.to(x.dtype).view(-1, *[1] * (x.dim() - 1))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from synapse_arch.errors import ConfigError, StateError, explain
 from synapse_arch.introspection.probes import routing_trace
 from synapse_arch.introspection.records import RoutingTrace
-from synapse_arch.introspection.trace import TraceSpec
+from synapse_arch.introspection.trace import Recorded, TraceSpec
 from synapse_arch.modules.common import (
     RMSNorm,
     check_choice,
@@ -115,7 +115,7 @@ class ThalamusOutput(NamedTuple):
     routing: Routing | None
     """None where there are no experts to route to."""
     state: ThalamusState
-    trace: RoutingTrace | None = None
+    trace: Recorded[RoutingTrace] | None = None
 
 
 class Thalamus(nn.Module):
@@ -178,6 +178,8 @@ class Thalamus(nn.Module):
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
         trace: TraceSpec | None = None,
+        rank_bias: Tensor | None = None,
+        pathways: Tensor | None = None,
     ) -> ThalamusOutput:
         """Relays and routes a sequence.
 
@@ -187,6 +189,8 @@ class Thalamus(nn.Module):
             segment_ids: (B, T) ints; nothing crosses a change of id.
             mask: (B, T) bool; False positions are routed nowhere and do not exist for the others.
             trace: what to record.
+            rank_bias: (B, E) added to what ranks the experts, as `router_bias` is; inf forces an expert, -inf bans it.
+            pathways: (B, E, E) added to the `pathways` of this module, row by row.
 
         Returns:
             ThalamusOutput.
@@ -208,11 +212,13 @@ class Thalamus(nn.Module):
         with no_autocast(x):
             signal = self.router_norm(read.to(torch.promote_types(read.dtype, self.router_bias.dtype)))
             logits = self.router(signal)
-        routing, ranked = self._choose(logits, mask)
+        routing, ranked = self._choose(logits, mask, rank_bias, pathways)
         after = self._fire_together(routing.indices, before, segment_ids, mask)
         record = None
         if trace is not None:
-            record = routing_trace(logits, routing.indices, routing.weights, after, trace, mask=mask, ranked=ranked)
+            record = trace.record(
+                lambda: routing_trace(logits, routing.indices, routing.weights, after, trace, mask=mask, ranked=ranked)
+            )
         return ThalamusOutput(y, routing, ThalamusState(mamba, after), record)
 
     def _relay(
@@ -228,14 +234,22 @@ class Thalamus(nn.Module):
         relayed = self.mamba(x, state and state.mamba, segment_ids=segment_ids, mask=mask)
         return relayed.y, relayed.state
 
-    def _choose(self, logits: Tensor, mask: Tensor | None) -> tuple[Routing, Tensor]:
+    def _choose(
+        self, logits: Tensor, mask: Tensor | None, bias: Tensor | None, pathways: Tensor | None
+    ) -> tuple[Routing, Tensor]:
         """Top-k by biased logits, weights by unbiased ones; also returns what was ranked (B, T, E)."""
         c = self.config
         felt = logits
         if self.training and c.noise > 0:
             felt = logits + c.noise * torch.randn_like(logits)
         ranked = felt.detach() + self.router_bias
-        ranked = ranked + c.hebbian_gain * self.pathways[ranked.argmax(-1)]
+        if bias is not None:  # finite from above, so that a softmax over what was ranked has its limit
+            ranked = (ranked + bias[:, None]).clamp(max=torch.finfo(ranked.dtype).max)
+        first = ranked.argmax(-1)  # (B, T)
+        led = self.pathways[first]
+        if pathways is not None:
+            led = led + pathways.gather(1, first[..., None].expand(led.shape)).to(led.dtype)
+        ranked = ranked + c.hebbian_gain * led
         indices = ranked.topk(c.top_k, dim=-1).indices
         weights = felt.gather(-1, indices).softmax(-1)
         if mask is not None:
@@ -263,15 +277,11 @@ class Thalamus(nn.Module):
 
     @torch.no_grad()
     def consolidate(self, state: ThalamusState) -> None:
-        """Turns what fired together into pathways: P(j visited | i visited) − P(j visited), averaged over rows.
+        """Turns what fired together, averaged over rows, into pathways; see `pathways_of`.
 
-        Independent experts get 0. From now on, where i ranks first for a token, j's rank is biased by
-        hebbian_gain times this.
+        From now on, where i ranks first for a token, j's rank is biased by hebbian_gain times pathways[i, j].
         """
-        together = state.coactivation.mean(0)
-        alone = together.diagonal()
-        lift = torch.where(alone[:, None] > 0, together / alone[:, None], alone) - alone
-        self.pathways.copy_(lift.fill_diagonal_(0.0))
+        self.pathways.copy_(pathways_of(state.coactivation.mean(0)))
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:
@@ -282,6 +292,13 @@ class Thalamus(nn.Module):
         """
         share = load.to(self.router_bias.dtype)
         self.router_bias += self.config.bias_rate * torch.sign(share.mean() - share)
+
+
+def pathways_of(coactivation: Tensor) -> Tensor:
+    """P(j visited | i visited) − P(j visited) of a running co-activation (E, E): 0 for independent experts."""
+    alone = coactivation.diagonal()
+    lift = torch.where(alone[:, None] > 0, coactivation / alone[:, None], alone) - alone
+    return lift.fill_diagonal_(0.0)
 
 
 def load_balance_loss(routing: Routing, mask: Tensor | None = None, *, load: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "ssd": ("chunked", "reference"),
     "mlstm": ("chunked", "reference"),
     "delta_rule": ("chunked", "reference"),
-    "expert_swiglu": ("sorted", "grouped", "reference"),
+    "expert_swiglu": ("sorted", "grouped", "rowwise", "reference"),
 }
 """The implementations of each op, fastest first."""
 

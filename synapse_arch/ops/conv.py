@@ -220,6 +220,10 @@ def _same_segment(z: Tensor, numbers: Tensor | None, history: int, rows: slice, 
 def _masked(x: Tensor, taps: _Taps, state: Tensor, segment_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Moves the real positions to the front, convolves, moves them back."""
     history = state.shape[1]
+    if x.shape[1] == 1:  # a step: there is nothing to move
+        x = torch.where(mask[..., None], x, 0.0)
+        after = torch.where(mask[..., None], torch.cat([state[:, 1:], x], dim=1), state)
+        return _depthwise(state, x, taps, None)[0], after
     order, inverse = compaction(mask)
     packed = x.gather(1, order[..., None].expand_as(x))
     packed = torch.where(mask.gather(1, order)[..., None], packed, 0.0)

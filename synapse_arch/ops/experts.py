@@ -33,6 +33,8 @@ def expert_swiglu(
         backend: "sorted" (tokens grouped by expert, one pair of products an expert), "grouped"
             (the same as grouped matrix products, no host synchronisation; "auto" takes it off the CPU where
             dtype and widths allow, and logs once where they do not),
+            "rowwise" (every expert that any token visits on every token: the products' shapes, and with them each
+            token's bits, do not depend on where the other tokens go),
             or "reference" (every expert on every token).
 
     Returns:
@@ -67,6 +69,8 @@ def expert_swiglu(
         chosen = fall_back("expert_swiglu", backend, "grouped", "sorted", reason)
     if chosen == "reference":
         return _reference(x, w_in, w_out, indices, weights)
+    if chosen == "rowwise":
+        return _rowwise(x, w_in, w_out, indices, weights)
     order, counts = sort_by_expert(indices, sizes["E"])
     share = weights.reshape(-1)[order].to(x.dtype)
     if chosen == "grouped":
@@ -104,6 +108,24 @@ def _reference(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights:
         share = torch.where(indices == e, weights, 0.0).sum(-1, keepdim=True).to(x.dtype)
         y = y + share * ((F.silu(gate) * up) @ w_out[e])
     return y
+
+
+def _rowwise(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Every visited expert on every token; each token then picks its own results, in its own order."""
+    used = sorted(set(indices.flatten().tolist()) - {-1})
+    if not used:
+        return torch.zeros_like(x)
+    visited = indices >= 0
+    x = torch.where(visited.any(1, keepdim=True), x, 0.0)
+    gate, up = torch.stack([x @ w_in[e] for e in used]).chunk(2, dim=-1)
+    hidden = F.silu(gate) * up
+    rows = torch.stack([hidden[i] @ w_out[e] for i, e in enumerate(used)])  # (experts used, n, D)
+    place = torch.zeros(w_in.shape[0], dtype=torch.long)
+    place[used] = torch.arange(len(used))
+    chosen = place.to(x.device)[indices.clamp(min=0)]
+    picked = rows[chosen, torch.arange(x.shape[0], device=x.device)[:, None]]  # (n, k, D)
+    share = torch.where(visited, weights, 0.0).to(x.dtype)
+    return torch.where(visited[..., None], picked * share[..., None], 0.0).sum(1)
 
 
 def sort_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:

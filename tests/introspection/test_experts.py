@@ -29,7 +29,7 @@ def pool(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # every expert on every token; grouped products
 def test_expert_activity(dtype: torch.dtype) -> None:
     x, w_in, w_out, indices = pool(dtype)
-    trace = expert_trace(x, w_in, w_out, indices)
+    trace = expert_trace(x[None], w_in, w_out, indices[None])
     norms: list[list[float]] = [[] for _ in range(E)]
     silent: list[list[float]] = [[] for _ in range(E)]
     for n in range(N):
@@ -40,18 +40,29 @@ def test_expert_activity(dtype: torch.dtype) -> None:
                 norms[e].append(math.sqrt(sum(y * y for y in (hidden @ w_out[e]).tolist())))
                 silent[e].append(sum(abs(h) < 0.01 for h in hidden.tolist()) / HIDDEN)
     rel = 1e-10 if dtype == torch.float64 else 1e-5
-    assert trace.tokens.tolist() == [len(found) for found in norms]
+    assert trace.tokens.tolist() == [[len(found) for found in norms]]
     for e in range(E - 1):
-        assert float(trace.out_norm[e]) == pytest.approx(sum(norms[e]) / len(norms[e]), rel=rel)
-        assert float(trace.sparsity[e]) == pytest.approx(sum(silent[e]) / len(silent[e]), rel=rel)
-    assert trace.out_norm[-1].isnan()
-    assert trace.to_dict()["sparsity"][-1] is None
+        assert float(trace.out_norm[0, e]) == pytest.approx(sum(norms[e]) / len(norms[e]), rel=rel)
+        assert float(trace.sparsity[0, e]) == pytest.approx(sum(silent[e]) / len(silent[e]), rel=rel)
+    assert trace.out_norm[0, -1].isnan()
+    assert trace.to_dict()["sparsity"][0][-1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_have_activities_of_their_own(dtype: torch.dtype) -> None:
+    x, w_in, w_out, indices = pool(dtype)
+    pair, routes = x[: N - 1].unflatten(0, (2, -1)), indices[: N - 1].unflatten(0, (2, -1))
+    both = expert_trace(pair, w_in, w_out, routes)
+    for row in range(2):
+        alone = expert_trace(pair[row : row + 1], w_in, w_out, routes[row : row + 1])
+        for name in ("tokens", "out_norm", "sparsity"):
+            torch.testing.assert_close(getattr(both, name)[row], getattr(alone, name)[0], equal_nan=True)
 
 
 def test_widths_that_grouped_products_refuse() -> None:
     x, w_in, w_out, indices = pool(torch.float32)
-    trace = expert_trace(x[:, :7], w_in[:, :7], w_out[:, :, :7], indices)
-    wide = expert_trace(x[:, :7].double(), w_in[:, :7].double(), w_out[:, :, :7].double(), indices)
+    trace = expert_trace(x[None, :, :7], w_in[:, :7], w_out[:, :, :7], indices[None])
+    wide = expert_trace(x[None, :, :7].double(), w_in[:, :7].double(), w_out[:, :, :7].double(), indices[None])
     torch.testing.assert_close(trace.out_norm.double(), wide.out_norm, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 

@@ -1,12 +1,14 @@
 """Traces of real modules and models: they change nothing, stream exactly, and never wait for the device."""
 
+import weakref
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from synapse_arch import (
     XLSTM,
@@ -169,13 +171,59 @@ def test_expert_activity_is_that_of_the_pool(model: SynapseModel, ids: Tensor) -
     trace = model(ids, trace=TraceSpec(level="full")).trace.layers[0]
     hook.remove()
     x, routing = seen[0]
-    assert trace.experts.tokens.tolist() == trace.routing.tokens.sum(0).tolist()
-    for e in range(4):
-        mine = x[(routing.indices == e).any(-1)]
-        gate, up = (mine @ pool.w_in[e]).chunk(2, -1)
-        hidden = F.silu(gate) * up
-        torch.testing.assert_close(trace.experts.out_norm[e], (hidden @ pool.w_out[e]).norm(dim=-1).mean())
-        assert trace.experts.sparsity[e] == pytest.approx(float((hidden.abs() < 0.01).double().mean()))
+    assert trace.experts.tokens.tolist() == trace.routing.tokens.tolist()
+    for row in range(B):
+        for e in range(4):
+            mine = x[row, (routing.indices[row] == e).any(-1)]
+            gate, up = (mine @ pool.w_in[e]).chunk(2, -1)
+            hidden = F.silu(gate) * up
+            torch.testing.assert_close(
+                trace.experts.out_norm[row, e], (hidden @ pool.w_out[e]).norm(dim=-1).mean(), equal_nan=True
+            )
+            share = float((hidden.abs() < 0.01).double().mean())
+            assert trace.experts.sparsity[row, e] == pytest.approx(share, nan_ok=True)
+
+
+@pytest.mark.parametrize("length", [1, T])
+@pytest.mark.parametrize("level", LEVELS)
+def test_records_made_later_are_the_same(model: SynapseModel, ids: Tensor, level: str, length: int) -> None:
+    spec, state = TraceSpec(level=level, every=3, max_tokens=5), model(ids, trace=TraceSpec(level="gates")).state
+    mask = torch.rand(B, length) > 0.2
+    at_once = model(ids[:, :length], state, trace=spec, mask=mask)
+    later = model(ids[:, :length], state, trace=replace(spec, later=True), mask=mask)
+    assert later.trace is None
+    assert at_once.pending is None
+    assert torch.equal(later.logits, at_once.logits)
+    same(later.pending(), at_once.trace, rtol=0, atol=0)
+
+
+def test_what_is_made_later_holds_nothing_else_of_the_pass(model: SynapseModel, ids: Tensor) -> None:
+    with torch.no_grad():
+        out = model(ids[:, :1], model(ids).state, trace=TraceSpec(level="full", later=True))
+    layer = out.state.layers[0]
+    gone = [weakref.ref(x) for x in (layer.xlstm.cell.C, layer.xlstm.conv, layer.thalamus.mamba.ssm, out.logits)]
+    pending = out.pending
+    del out, layer
+    assert [ref() for ref in gone] == [None] * 4
+    assert pending().length == 1
+
+
+def test_routes_made_later_cost_the_pass_nothing(model: SynapseModel, ids: Tensor) -> None:
+    class Counter(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    state, counts = model(ids).state, []
+    for trace in (None, TraceSpec(later=True)):
+        with torch.no_grad(), Counter() as counter:
+            model(ids[:, :1], state, trace=trace)
+        counts.append(counter.count)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("off", [{"xlstm": None}, {"memory": None}, {"experts": None}])
@@ -214,9 +262,9 @@ def test_nothing_waits_for_the_device(length: int, packed: bool) -> None:
             out = module(x, state, trace=spec, **pack)
             state = out.state
         assert all(value.is_meta for _, value in tensors(out.trace))
-    n, indices = B * length, torch.empty(B * length, 2, dtype=torch.long, device="meta")
+    indices = torch.empty(B, length, 2, dtype=torch.long, device="meta")
     w_in, w_out = torch.empty(4, 32, 16, device="meta"), torch.empty(4, 8, 32, device="meta")
-    assert expert_trace(torch.empty(n, 32, device="meta"), w_in, w_out, indices).out_norm.is_meta
+    assert expert_trace(torch.empty(B, length, 32, device="meta"), w_in, w_out, indices).out_norm.is_meta
 
 
 def test_tracing_under_autocast(ids: Tensor) -> None:

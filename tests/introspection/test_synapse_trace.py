@@ -58,7 +58,7 @@ class Parts:
             _, cell = mlstm(q, k, v, i, f, mask=here)
             log_f = torch.nn.functional.logsigmoid(f)
             gates, _, _ = gate_trace(k, v, i, log_f, v.sigmoid(), None, cell, spec, mask=here)
-            experts = expert_trace(q[:, :, 0].flatten(0, 1), *self.pool, indices.flatten(0, 1))
+            experts = expert_trace(q[:, :, 0], *self.pool, indices)
             layers.append(
                 LayerTrace(index=n, routing=routing, memory=memory, gates=None if n else gates, experts=experts)
             )

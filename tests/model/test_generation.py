@@ -92,7 +92,7 @@ class TestSampling:
             {"seed": -1},
             {"seed": 2**63},
             {"seed": True},
-            {"max_tokens": 0},
+            {"max_tokens": -1},
             {"max_tokens": 1.5},
         ],
     )

@@ -179,6 +179,8 @@ def test_saved_and_loaded_states_are_bit_equal(variant: str, tmp_path: Path) -> 
         state.save(path)
         loaded = SynapseState.load(path)
         assert_equal(loaded.to_tensors(), state.to_tensors())
+        assert_equal(SynapseState.from_bytes(path.read_bytes()).to_tensors(), state.to_tensors())
+        assert_equal(SynapseState.from_bytes(state.to_bytes()).to_tensors(), state.to_tensors())
         assert [type(x) for x in loaded.layers] == [type(x) for x in state.layers]
         loaded.check_against(model, state.batch_size)
         ids = tokens(state.batch_size, 3)
@@ -253,11 +255,15 @@ class TestFiles:
         path.write_bytes(path.read_bytes()[:keep])
         with pytest.raises(StateError, match=r"state\.safetensors: expected a safetensors file"):
             SynapseState.load(path)
+        with pytest.raises(StateError, match=r"upload: expected a safetensors file"):
+            SynapseState.from_bytes(path.read_bytes(), source="upload")
 
     def test_huge_header(self, path: Path) -> None:
         path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
         with pytest.raises(StateError, match="header"):
             SynapseState.load(path)
+        with pytest.raises(StateError, match="header"):
+            SynapseState.from_bytes(path.read_bytes())
 
     def test_pickles_are_not_opened(self, path: Path) -> None:
         torch.save({"a": torch.ones(1)}, path)
@@ -266,12 +272,16 @@ class TestFiles:
         path.write_bytes(pickle.dumps({"a": 1}))
         with pytest.raises(StateError, match="a pickle or zip archive"):
             SynapseState.load(path)
+        with pytest.raises(StateError, match="a safetensors file"):
+            SynapseState.from_bytes(path.read_bytes())
 
     @pytest.mark.parametrize("metadata", [{}, {"schema": "synapse.state/99"}, {"schema": "synapse.model/1"}])
     def test_foreign_schema(self, path: Path, metadata: dict[str, str]) -> None:
         save_file(load_file(path), path, metadata=metadata)
         with pytest.raises(StateError, match=r"schema: expected synapse\.state/1"):
             SynapseState.load(path)
+        with pytest.raises(StateError, match=r"schema: expected synapse\.state/1"):
+            SynapseState.from_bytes(path.read_bytes())
 
     @pytest.mark.parametrize(
         ("name", "message"),

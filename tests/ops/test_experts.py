@@ -16,7 +16,7 @@ from tests.contracts.cases import normal, uniform
 from tests.helpers import Tensors, assert_equal, assert_same, cast, measure
 
 E, D, WIDTH, K, TOKENS = 5, 16, 8, 3, 40
-FORMS = pytest.mark.parametrize("backend", ["reference", "sorted", "grouped"])
+FORMS = pytest.mark.parametrize("backend", ["reference", "rowwise", "sorted", "grouped"])
 
 
 def draw(dtype: torch.dtype = torch.float64) -> Tensors:
@@ -97,6 +97,18 @@ def test_unused_slots_and_other_tokens_do_not_matter(backend: str) -> None:
     poisoned["x"][7] = torch.nan
     y = expert_swiglu(**poisoned, indices=indices, backend=backend)
     assert_same({"y": y[other]}, {"y": expected["y"][other]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rowwise_gives_a_token_the_same_bits_wherever_the_others_go(dtype: torch.dtype) -> None:
+    tensors = {name: x.to(dtype) for name, x in draw(torch.float32).items()}
+    indices = route(0.2)
+    together = expert_swiglu(**tensors, indices=indices, backend="rowwise")
+    for token in range(TOKENS):
+        alone = torch.where(torch.arange(TOKENS)[:, None] == token, indices, -1)
+        poisoned = tensors | {"x": torch.full_like(tensors["x"], torch.nan)}
+        poisoned["x"][token] = tensors["x"][token]
+        assert torch.equal(expert_swiglu(**poisoned, indices=alone, backend="rowwise")[token], together[token])
 
 
 @FORMS

@@ -1,0 +1,1 @@
+"""Serves a SynapseModel and shows what happens inside while it writes."""

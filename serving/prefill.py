@@ -1,0 +1,84 @@
+"""Reading a prompt, alone and piece by piece, so that others can take their steps in between. V vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Generator, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from serving.batch import Seat, likeliest
+from serving.interventions import boundaries, clear_memory, cleared_at, controls_at
+from serving.requests import PromptToken
+from synapse_arch import SynapseModel, SynapseState
+from synapse_arch.introspection import SynapseTrace, join_traces
+
+
+class Prompt(NamedTuple):
+    """A prompt that has been read."""
+
+    state: SynapseState
+    """One row."""
+    logits: Tensor
+    """(V,) for what comes next."""
+    trace: SynapseTrace | None
+    tokens: list[PromptToken]
+    """What was thought of the prompt's tokens, where that was asked for."""
+
+
+def read_prompt(model: SynapseModel, seat: Seat, piece: int) -> Generator[None, None, Prompt]:
+    """Reads a request's prompt; stops between its pieces.
+
+    Where the pieces end depends on the request alone: after every `piece` tokens and where an intervention begins or
+    ends. So does every bit of the result.
+    """
+    request, config = seat.request, model.config
+    device, spec = model.embedding.weight.device, request.trace
+    state = request.state or model.init_state(1)
+    ids = torch.tensor(request.prompt, dtype=torch.long, device=device)[None]
+    logits, traces = torch.empty(0), []
+    tokens: list[PromptToken] = []
+    for span in _pieces(seat, piece):
+        with torch.inference_mode():
+            position = seat.first + span.start
+            if layers := cleared_at(request.interventions, position, seat.first):
+                state = clear_memory(state, 0, layers)
+            out = model(
+                ids[:, span], state,
+                trace=None if spec is None else dataclasses.replace(spec, start=spec.start + span.start),
+                logits_to_keep=0 if request.echo_logprobs else 1,
+                controls=controls_at(request.interventions, position, config, device=device),
+            )  # fmt: skip
+            if request.echo_logprobs:
+                before = logits[None] if tokens else out.logits.new_empty(0, config.vocab_size)
+                predictions = torch.cat([before, out.logits[0, :-1]])
+                tokens.extend(_score(request.prompt[span], predictions, request.top_logprobs))
+            state, logits = out.state, out.logits[0, -1]
+            if out.trace is not None:
+                traces.append(out.trace)
+        seat.position = seat.first + span.stop
+        if span.stop < len(request.prompt):
+            yield
+    trace = None if spec is None or not traces else join_traces(traces, max_tokens=spec.max_tokens)
+    return Prompt(state, logits, trace, tokens)
+
+
+def _pieces(seat: Seat, size: int) -> Iterator[slice]:
+    """Where the prompt is cut."""
+    length = len(seat.request.prompt)
+    turns = (turn - seat.first for turn in boundaries(seat.request.interventions))
+    cuts = sorted({*range(0, length, size), *(turn for turn in turns if 0 < turn < length), length})
+    return (slice(start, end) for start, end in itertools.pairwise(cuts))
+
+
+def _score(tokens: tuple[int, ...], logits: Tensor, top: int) -> list[PromptToken]:
+    """What logits (n, V) say of the last n of the tokens; the first may have had none."""
+    logprobs = logits.float().log_softmax(-1)
+    known = tokens[len(tokens) - len(logprobs) :]
+    chosen = logprobs.gather(1, torch.tensor(known, dtype=torch.long, device=logits.device)[:, None])[:, 0].tolist()
+    entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist()
+    scored = [PromptToken(*values) for values in zip(known, chosen, entropies, likeliest(logprobs, top), strict=True)]
+    return [PromptToken(tokens[0], None, None, ()), *scored] if len(known) < len(tokens) else scored

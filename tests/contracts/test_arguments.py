@@ -193,5 +193,5 @@ def test_experts_of_another_dtype_than_the_tokens() -> None:
 
 
 def test_expert_backends() -> None:
-    with pytest.raises(ConfigError, match="expected one of auto, sorted, grouped, reference, got 'chunked'"):
+    with pytest.raises(ConfigError, match="expected one of auto, sorted, grouped, rowwise, reference, got 'chunked'"):
         ops.expert_swiglu(**experts(), backend="chunked")

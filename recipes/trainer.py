@@ -229,6 +229,7 @@ class Trainer:
                 self.accelerator.backward(out.loss / len(parts))
             losses = {name: out.losses[name].detach() for name in sorted(out.losses)}
             outs.append(Part(losses, out.expert_load, out.state.detach()))
+            del out  # its graph lies between what the next part's could take
         return outs
 
     def exchange(self, now: bool) -> contextlib.AbstractContextManager[object]:

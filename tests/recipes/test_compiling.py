@@ -55,9 +55,9 @@ def check_equal(eager: SynapseModel, compiled: SynapseModel) -> None:
     (one, gradients), (other, others) = step(eager), step(compiled)
     torch.testing.assert_close(other.logits, one.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.loss, one.loss, rtol=1e-6, atol=0)
-    for name, gradient in gradients.items():
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, gradient in gradients.items():  # some are small sums of large terms: rounding is of the terms' size
+        torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-6 * largest, msg=name)
     left, right = one.state.to_tensors(), other.state.to_tensors()
     for name, tensor in left.items():
         torch.testing.assert_close(right[name], tensor, rtol=1e-5, atol=1e-5, msg=name)

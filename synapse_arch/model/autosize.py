@@ -1,7 +1,7 @@
 """Which size of model suits a machine and a text, and what a training step of it will take.
 
-Nothing comes from tables of machines: memory is counted on steps of one and of two layers, time is measured on them, and
-both are straight lines in the number of layers. D model width, L layers, E experts, B rows.
+Nothing comes from tables of machines: memory is counted on steps of one and of two layers, time is measured on them,
+and both are straight lines in the number of layers. D model width, L layers, E experts, B rows.
 """
 
 from __future__ import annotations

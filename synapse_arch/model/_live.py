@@ -22,8 +22,9 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.peak = self._now = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
+        self._now: int = 0
         self._found = {_place(tensor): weakref.ref(tensor.untyped_storage()) for tensor in known}
 
     def __torch_dispatch__(
@@ -54,4 +55,4 @@ class Live(TorchDispatchMode):
 
 def _place(tensor: Tensor) -> int:
     """What identifies a tensor's memory, as long as it is alive."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

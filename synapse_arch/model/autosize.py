@@ -159,7 +159,7 @@ def live_bytes(config: SynapseConfig, *, length: int) -> int:
         loss = model(ids, targets=ids).loss
         assert loss is not None, "targets were given"
         loss.backward()
-    return live.peak
+    return int(live.peak)
 
 
 def predict(

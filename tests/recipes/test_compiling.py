@@ -10,8 +10,9 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from recipes.compiling import compile_layers
+from recipes.compiling import compile_layers, eagerly
 from synapse_arch import SynapseConfig, SynapseModel, SynapseOutput
+from synapse_arch.errors import ConfigError
 from tests.recipes.running import SMALL
 
 
@@ -37,7 +38,7 @@ def clean() -> Iterator[None]:
 def small(*extra: str) -> SynapseModel:
     torch.manual_seed(0)
     changes = dict(override.split("=") for override in (*SMALL, *extra))
-    numbers = {key: int(value) if value.isdigit() else value for key, value in changes.items()}
+    numbers = {key: int(value) if value else None for key, value in changes.items()}
     return SynapseModel(SynapseConfig.preset("tiny", **numbers)).train()
 
 
@@ -63,13 +64,35 @@ def check_equal(eager: SynapseModel, compiled: SynapseModel) -> None:
         torch.testing.assert_close(right[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def test_a_layer_is_one_graph_without_a_break() -> None:
+    """Traced, with every part of a layer, but not translated to C++: that takes minutes."""
+    eager = small("n_layers=2")
+    traced = copy.deepcopy(eager)
+    for layer in traced.layers:
+        layer.compile(backend="aot_eager")
+    check_equal(eager, traced)
+    found = torch._dynamo.utils.counters
+    assert found["stats"]["unique_graphs"] == 1  # the second layer is served by the first one's
+    assert not found["graph_break"]
+
+
 @needs_compiler
 def test_compiled_layers_equal_themselves() -> None:
-    """Two layers, of which one is compiled and serves both; without a break in it."""
-    eager = small("n_layers=2")
+    """Fused, on the part of a layer that is compiled soonest, and in plain C++."""
+    eager = small("n_layers=1", "memory=", "thalamus.mamba=")
     compiled = copy.deepcopy(eager)
     compile_layers(compiled)
-    check_equal(eager, compiled)
-    found = torch._dynamo.utils.counters
-    assert found["stats"]["unique_graphs"] == 1
-    assert not found["graph_break"]
+    with torch._inductor.config.patch({"cpp.simdlen": 1}):
+        check_equal(eager, compiled)
+    with eagerly(True):
+        compiled(torch.zeros(1, 7, dtype=torch.long))  # another shape
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+        compile_layers(small())

@@ -1,8 +1,8 @@
 """How far autosize's predictions are from what is then measured: `python -m benchmarks.autosize`.
 
-Each size is trained a few steps in processes of its own. One takes steps of one layer, of two and of all in turns, so that
-what else the machine does slows prediction and measurement alike; one finds the peak of memory above what the process held
-before the model was made.
+Each size is trained a few steps in processes of its own. One takes steps of one layer, of two and of all in turns, so
+that what else the machine does slows prediction and measurement alike; one finds the peak of memory above what the
+process held before the model was made.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How far autosize's predictions are from what is then measured: `python -m benchmarks.autosize`.
 
-Each size is trained a few steps in a process of its own: the fastest step, and the peak of memory above what the
-process held before the model was made. Run it on a quiet machine.
+Each size is trained a few steps in processes of its own. One takes steps of one layer, of two and of all in turns, so
+that what else the machine does slows prediction and measurement alike; one finds the peak of memory above what the
+process held before the model was made.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +20,13 @@ from recipes.malloc import keep_freed_memory
 from synapse_arch import SynapseConfig
 from synapse_arch.model import autosize
 
-SIZES: dict[str, dict[str, Any]] = {
-    "narrow": {"d_model": 128, "n_layers": 6},
-    "tiny": {"d_model": 256, "n_layers": 3},
-    "deep": {"d_model": 256, "n_layers": 8},
-    "wide": {"d_model": 512, "n_layers": 4},
+SIZES: dict[str, dict[str, int]] = {
+    "narrow": {"d_model": 128, "n_layers": 6, "batch_size": 4, "length": 256},
+    "many rows": {"d_model": 128, "n_layers": 4, "batch_size": 16, "length": 128},
+    "long": {"d_model": 128, "n_layers": 4, "batch_size": 1, "length": 2048},
+    "tiny": {"d_model": 256, "n_layers": 3, "batch_size": 4, "length": 256},
+    "deep": {"d_model": 256, "n_layers": 8, "batch_size": 4, "length": 256},
+    "wide": {"d_model": 512, "n_layers": 4, "batch_size": 4, "length": 256},
 }
 
 
@@ -32,47 +36,47 @@ def resident(figure: str) -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(figure))
 
 
-def measure(name: str, batch_size: int, length: int) -> dict[str, float]:
-    """What the training of one size takes in this process."""
+def measure(name: str, what: str) -> list[float]:
+    """Predicted and measured seconds, or bytes, of one size in this process."""
     keep_freed_memory()
-    config = SynapseConfig(**SIZES[name])
-    on_gpu = torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
-    small = SynapseConfig(d_model=64, n_layers=1)
-    autosize.step_seconds(small, batch_size=1, length=16, device=device, repeats=1)  # loads what torch loads late
-    before = 0 if on_gpu else resident("VmRSS")
-    seconds = autosize.step_seconds(config, batch_size=batch_size, length=length, device=device, repeats=5)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")
-    return {"seconds": seconds, "memory": peak - before}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = dict(SIZES[name])
+    shape: dict[str, Any] = {"batch_size": size.pop("batch_size"), "length": size.pop("length"), "device": device}
+    config = SynapseConfig(**size)
+    if what == "seconds":
+        depths = [replace(config, n_layers=layers) for layers in (1, 2, config.n_layers)]
+        one, two, whole = autosize.fastest([autosize.stepper(depth, **shape) for depth in depths], seconds=10)
+        return [autosize.deepened(one, two, config.n_layers), whole]
+    first = autosize.stepper(SynapseConfig(d_model=64, n_layers=1), batch_size=1, length=16, device=device)
+    first()  # loads what torch loads late
+    before = 0 if device == "cuda" else resident("VmRSS")
+    autosize.fastest([autosize.stepper(config, **shape)], seconds=0)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+    return [autosize.training_memory(config, **shape), peak - before]
 
 
 def main() -> None:
     """Prints predicted, measured and their ratio for every size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES), metavar="NAME")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own number")
-    parser.add_argument("--one", choices=SIZES, help="measure one size in this process, as JSON")
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "WHAT"), help="one figure in this process, as JSON")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.one:
-        print(json.dumps(measure(options.one, options.batch_size, options.length)))
+        print(json.dumps(measure(*options.one)))
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     print("| size | step predicted, s | measured | ratio | memory predicted, MB | measured | ratio |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for name, fields in SIZES.items():
-        shape = {"batch_size": options.batch_size, "length": options.length}
-        found = autosize.predict(SynapseConfig(**fields), device=device, **shape)
-        arguments = [
-            f"--{key.replace('_', '-')}={value}" for key, value in {**shape, "threads": options.threads}.items()
-        ]
-        command = [sys.executable, "-m", "benchmarks.autosize", "--one", name, *arguments]
-        real = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        time, memory = found.seconds / real["seconds"], found.memory / real["memory"]
-        times = f"{found.seconds:.3f} | {real['seconds']:.3f} | {time:.2f}"
-        print(f"| {name} | {times} | {found.memory / 1e6:.0f} | {real['memory'] / 1e6:.0f} | {memory:.2f} |")
+    for name in options.sizes:
+        cells = []
+        for what, unit, digits in (("seconds", 1.0, 3), ("memory", 1e6, 0)):
+            command = [sys.executable, "-m", "benchmarks.autosize", "--threads", str(options.threads)]
+            command += ["--one", name, what]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            cells += [*(f"{value / unit:.{digits}f}" for value in found), f"{found[0] / found[1]:.2f}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

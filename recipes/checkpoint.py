@@ -34,6 +34,7 @@ RESULT_FILE = "result.json"
 TRAINER_TENSORS = "trainer.safetensors"
 TRAINER_FILE = "trainer.json"
 STATE_FILE = "state.safetensors"
+SHARDS_FOLDER = "shards"
 CURVES_FILE = "curves.png"
 TRACKERS_FOLDER = "trackers"
 LOCK_FILE = ".lock"
@@ -179,6 +180,7 @@ def save(
     keep: int = 1,
     state: SynapseState | None = None,
     tokenizer: Tokenizer | None = None,
+    shards: Path | None = None,
 ) -> Path:
     """Writes the checkpoint of this step, then removes old ones; what was there stays until the new one is complete.
 
@@ -190,6 +192,7 @@ def save(
         keep: how many of the newest are kept.
         state: what is carried to the next window, all rows of the batch.
         tokenizer: the model's.
+        shards: what `sharded.save` wrote in `out`, taken into the checkpoint in place of whole weights and averages.
 
     Raises:
         CheckpointError: it could not be written; the ones before it are untouched.
@@ -201,12 +204,11 @@ def save(
     try:
         for leftover in out.glob(".step-*"):
             shutil.rmtree(leftover)
-        model.save_pretrained(aside)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in optimizer_tensors(model, optimizer).items()},
-            aside / TRAINER_TENSORS,
-            metadata={"schema": str(SCHEMA), "step": str(progress.step)},
-        )
+        if shards is not None:
+            aside.mkdir()
+            shards.rename(aside / SHARDS_FOLDER)
+        else:
+            _save_whole(aside, model, optimizer, progress.step)
         if state is not None:
             state.save(aside / STATE_FILE)
         if tokenizer is not None:
@@ -227,24 +229,43 @@ def save(
     return final
 
 
+def _save_whole(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Weights and averages as safetensors."""
+    model.save_pretrained(folder)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in optimizer_tensors(model, optimizer).items()},
+        folder / TRAINER_TENSORS,
+        metadata={"schema": str(SCHEMA), "step": str(step)},
+    )
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run of a checkpoint had come.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    values = read_json(folder / TRAINER_FILE)
+    try:
+        progress = Progress(**{name: values[name] for name in ("step", "seconds", "skipped")})
+    except KeyError as error:
+        raise CheckpointError(explain(str(folder / TRAINER_FILE), "progress", error, "start a new run")) from error
+    return replace(progress, **{name: values[name] for name in ("best", "best_step", "carried") if name in values})
+
+
 def restore(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer) -> Progress:
     """Puts the optimizer's state of a checkpoint back and says how far it was; the weights are the caller's to load.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another step.
     """
-    values = read_json(folder / TRAINER_FILE)
-    path = folder / TRAINER_TENSORS
+    progress, path = read_progress(folder), folder / TRAINER_TENSORS
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        progress = Progress(**{name: values[name] for name in ("step", "seconds", "skipped")})
-        progress = replace(
-            progress, **{name: values[name] for name in ("best", "best_step", "carried") if name in values}
-        )
         restore_optimizer(model, optimizer, tensors)
-    except (OSError, SafetensorError, KeyError, ConfigError) as error:
+    except (OSError, SafetensorError, ConfigError) as error:
         raise CheckpointError(explain(str(path), "the trainer's state", error, "start a new run")) from error
     if metadata.get("schema") != str(SCHEMA) or metadata.get("step") != str(progress.step):
         got = f"schema {metadata.get('schema')}, step {metadata.get('step')}"

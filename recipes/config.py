@@ -38,6 +38,9 @@ class RunConfig:
         accumulate: parts into which each process's windows are cut, one after the other, to save memory; the step is
             the same but for the balance loss, which is a part's own.
         length: tokens in a window.
+        shard: weights, gradients and AdamW's averages are spread over the processes, each layer whole only while it
+            computes (FSDP2); each process writes its part of a checkpoint.
+        compile: layers are compiled by torch.compile for training; equal up to rounding.
         recompute: layers are computed a second time in the backward pass instead of being remembered; the same bits.
         lr: peak learning rate.
         final_lr: last learning rate, as a share of `lr`.
@@ -68,6 +71,8 @@ class RunConfig:
     batch_size: int = 4
     accumulate: int = 1
     length: int = 256
+    shard: bool = False
+    compile: bool = False
     recompute: bool = False
     lr: float = 2e-3
     final_lr: float = 0.0

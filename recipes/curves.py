@@ -55,6 +55,43 @@ def draw(out: Path) -> Path | None:
     return out / CURVES_FILE
 
 
+def draw_context(parts: list[dict[str, Any]], path: Path) -> Path | None:
+    """Draws what predictions cost over the length of context.
+
+    Args:
+        parts: stretches of positions, each with its first, its last and its bits per byte.
+        path: of the picture.
+
+    Returns:
+        The picture's path; None where matplotlib is not installed.
+
+    Raises:
+        DataError: the picture cannot be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    shown = [part for part in parts if part["per_byte"] is not None]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    panel = figure.subplots()
+    panel.step(
+        [*(part["first"] for part in shown), *(part["last"] for part in shown[-1:])],
+        [*(part["per_byte"] for part in shown), *(part["per_byte"] for part in shown[-1:])],
+        where="post",
+        color=INK,
+    )
+    panel.set_xscale("log", base=2)
+    panel.set_xlabel("tokens of context")
+    panel.set_title("bits per byte by length of context", loc="left")
+    panel.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise DataError(explain(str(path), "a picture written", error)) from error
+    return path
+
+
 def _log(path: Path) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes import checkpoint
+from recipes import checkpoint, curves
 from recipes._accelerate import tqdm
 from recipes.adapters import load_lora
 from recipes.data import SEPARATOR, Document, Tokenizer, load_corpus, load_tokenizer, open_source
@@ -36,7 +36,7 @@ EPILOG = """examples:
   python -m recipes.evaluate --model model/ --context 65536 --limit 1048576
   python -m recipes.evaluate --model model/ --tasks my_task --task-files tasks/
 """
-JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
+JSON_FILE, TABLE_FILE, PICTURE_FILE = "evaluation.json", "evaluation.md", "context.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,9 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--field", default="text", help="the field or column that is the text (text)")
     parser.add_argument("--all", action="store_true", help="read all of the text, not what training holds out")
     parser.add_argument("--limit", type=int, default=512 * 1024, metavar="INT", help="most tokens of text (524288)")
-    parser.add_argument("--context", type=int, default=0, metavar="INT", help="length of the context curve; 0 for none")
+    parser.add_argument(
+        "--context", type=int, default=0, metavar="INT", help="length of the context curve, as in 65536; 0 for none"
+    )
     parser.add_argument("--rows", type=int, default=8, metavar="INT", help="texts that the curve is over, at most (8)")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="tasks of lm-evaluation-harness")
     parser.add_argument("--task-files", type=Path, default=Path(), metavar="DIR", help="where their YAML files are (.)")
@@ -140,7 +142,9 @@ def judge(options: Options) -> dict[str, Any]:
         if options.context:
             bar.set_description("context")
             curve: dict[str, Any] = {"length": options.context, "rows": options.rows, "sizes": tokenizer.sizes}
-            result["context"] = [_plain(part) for part in loss_by_position(model, stream, **curve)]
+            with tqdm(total=options.context, desc="context", unit="pos", leave=False, delay=1.0) as read:
+                parts = loss_by_position(model, stream, **curve, update=read.update)
+            result["context"] = [_plain(part) for part in parts]
             bar.update()
         if options.tasks:
             bar.set_description("tasks")
@@ -182,6 +186,18 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_table(path: Path, result: dict[str, Any]) -> None:
+    """Writes the figures as Markdown.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    try:
+        path.write_text(table(result), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(explain(str(path), "a file written", error.strerror or error)) from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """The program; returns 0, or 2 after an error."""
     options = parse(argv)
@@ -192,12 +208,15 @@ def main(argv: list[str] | None = None) -> int:
             raise CheckpointError(explain(f"--out {options.out}", "a folder to write to", error.strerror)) from error
         result = judge(options)
         checkpoint.write_json(options.out / JSON_FILE, json.loads(json.dumps(result)))
-        (options.out / TABLE_FILE).write_text(table(result), encoding="utf-8")
+        write_table(options.out / TABLE_FILE, result)
+        picture = curves.draw_context(result["context"], options.out / PICTURE_FILE) if options.context else None
     except SynapseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(result))
     print(f"Written to {options.out / JSON_FILE} and {options.out / TABLE_FILE}")
+    if options.context:
+        print(f"The curve is in {picture}" if picture else f"No picture of the curve: {curves.MISSING}")
     return 0
 
 

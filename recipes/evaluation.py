@@ -66,11 +66,13 @@ def held_out_bits(
     """
     device = next(model.parameters()).device
     ids, targets = _rows(stream)
-    ids, targets = ids[rank::world].to(device), targets[rank::world].to(device)
+    if rank >= ROWS:  # nothing is left for it, but where weights are shared out every process must take part
+        targets = torch.full_like(targets, IGNORED)
+    ids, targets = ids[rank % ROWS :: world].to(device), targets[rank % ROWS :: world].to(device)
     state: SynapseState | None = None
     bits, count = torch.zeros((), dtype=torch.float64), 0
     for index, start in enumerate(range(0, ids.shape[1], WINDOW)):
-        if not len(ids) or index == windows:
+        if index == windows:
             break
         window, target = ids[:, start : start + WINDOW], targets[:, start : start + WINDOW]
         if state is not None:

@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,12 @@ class Finetuner:
         batch = collate(rows).to(self.accelerator.device)
         first = batch.targets.clone()
         first[len(rows) :] = IGNORED  # the language term is of the better answers alone
-        out = self.wrapped(batch.ids, targets=first, mask=batch.mask)
+        shared = self.accelerator.num_processes > 1 and self.model.training
+        reduce = partial(self.accelerator.reduce, reduction="sum") if shared else None
+        out = self.wrapped(batch.ids, targets=first, mask=batch.mask, reduce_load=reduce)
         terms = dict(out.losses)
+        if shared:
+            terms = self.weighted(terms, {"language": first != IGNORED}, batch.mask)
         if self.config.task == "sft":
             return terms, {}
         sides = _sides(out.logits, batch.targets)
@@ -145,6 +150,20 @@ class Finetuner:
             del terms["language"]
         figures = {"margin": found.margin.mean(), "accuracy": (found.margin > 0).float().mean()}
         return {self.config.task: found.loss, **terms}, {name: value.detach() for name, value in figures.items()}
+
+    def weighted(self, terms: dict[str, Tensor], counted: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+        """This process's means over tokens, so that their mean over processes is that over the tokens of all.
+
+        Args:
+            terms: of the loss, by name.
+            counted: which tokens (B, T) a term is a mean over, by name.
+            mask: the tokens that all others are a mean over.
+        """
+        counts = {name: counted.get(name, mask).sum() for name in sorted(terms)}
+        return {
+            name: terms[name] * (count * self.accelerator.num_processes / self.total(count))
+            for name, count in counts.items()
+        }
 
     @torch.no_grad()
     def compared(self, batch: Sequences) -> tuple[Likelihood, Likelihood]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -54,7 +55,15 @@ class Speed:
 
 
 @torch.no_grad()
-def loss_by_position(model: SynapseModel, stream: Tensor, *, length: int, rows: int, sizes: Tensor) -> list[Stretch]:
+def loss_by_position(
+    model: SynapseModel,
+    stream: Tensor,
+    *,
+    length: int,
+    rows: int,
+    sizes: Tensor,
+    update: Callable[[int], object] = lambda positions: None,
+) -> list[Stretch]:
     """What predictions cost after 1, 2 to 3, 4 to 7, ... tokens of context, the state carried over the whole length.
 
     Rows are neighbouring parts of the stream; nothing is forgotten where a document ends, so that the last positions
@@ -66,6 +75,7 @@ def loss_by_position(model: SynapseModel, stream: Tensor, *, length: int, rows: 
         length: T, tokens a row.
         rows: B, at most; as many as the stream holds are read.
         sizes: (V,) bytes of text each id stands for.
+        update: is told how many positions more have been read.
 
     Raises:
         DataError: the stream is shorter than one row and its next token.
@@ -86,7 +96,8 @@ def loss_by_position(model: SynapseModel, stream: Tensor, *, length: int, rows: 
         nats = F.cross_entropy(out.logits.flatten(0, 1).float(), target.flatten(), reduction="none")
         bits[window] = nats.double().view(target.shape).sum(0).cpu() / math.log(2)
         state = out.state
-    edges = [2**power for power in range(length.bit_length())] + [length + 1]
+        update(target.shape[1])
+    edges = [2**power for power in range(max(1, (length - 1).bit_length()))] + [length + 1]
     spans = [(first, last) for first, last in pairwise(edges) if last > first]
     return [
         Stretch(first, last, float(bits[first - 1 : last - 1].sum()), int(weight[first - 1 : last - 1].sum()))

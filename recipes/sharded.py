@@ -20,35 +20,40 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as read_shards
-from torch.distributed.checkpoint.state_dict_saver import save as write_shards
-from torch.distributed.fsdp import fully_shard
 
 from recipes.checkpoint import read_json, write_json
 from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.errors import CheckpointError, SynapseError, explain
 
 CONFIG_FILE = "config.json"
+SINGLE = ".*assuming the intent is to (load|save) in a single process"
+"""A warning of torch's, where the intent is just that."""
 EPILOG = """examples:
   python -m recipes.sharded runs/large/shards runs/large/model    a folder for SynapseModel.from_pretrained
 """
 
 
-def shard(model: SynapseModel, **options: Any) -> SynapseModel:
+def shard(model: SynapseModel, *, device: torch.device | str, **options: Any) -> SynapseModel:
     """Spreads a model over the processes, layer by layer; a layer is whole only while it computes.
 
     Args:
         model: with equal weights in all processes; changed in place.
-        options: of `torch.distributed.fsdp.fully_shard`, such as mesh and mp_policy.
+        device: where this process computes; its shards move there.
+        options: of `torch.distributed.fsdp.fully_shard`, such as mp_policy.
 
     Returns:
         The model.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # here and below: a second of imports that few need
+    from torch.distributed.fsdp import fully_shard
+
+    marks = {name: vars(parameter) for name, parameter in model.named_parameters()}  # what must not decay, and more
+    options["mesh"] = init_device_mesh(torch.device(device).type, (distributed.get_world_size(),))
     for layer in model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
+    for name, parameter in model.named_parameters():
+        vars(parameter).update(marks[name])
     return model
 
 
@@ -65,17 +70,28 @@ def save(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer) ->
     """
     if folder.exists():
         raise CheckpointError(explain(str(folder), "a new folder", "one that exists", "choose another name"))
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as write_shards
+
     aside = folder.with_name(f".{folder.name}")
+    alone = not distributed.is_initialized()
     weights, averages = get_state_dict(model, optimizer)
+    problem: list[str | None] = [None]
     try:
-        write_shards({"model": weights, "optimizer": averages}, checkpoint_id=aside)
-        if distributed.get_rank() == 0:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=SINGLE)
+            write_shards({"model": weights, "optimizer": averages}, checkpoint_id=aside, no_dist=alone)
+        if alone or distributed.get_rank() == 0:
             write_json(aside / CONFIG_FILE, model.config.to_dict())
             aside.rename(folder)
-    except (OSError, CheckpointException) as error:
+    except (OSError, CheckpointException, SynapseError) as error:
+        problem = [" ".join(str(error).split())]
+    if not alone:
+        distributed.broadcast_object_list(problem)  # every process hears whether the first could end it
+    if problem[0] is not None:
         remedy = "free some space or check permissions"
-        raise CheckpointError(explain(str(folder), "a checkpoint written", error, remedy)) from error
-    distributed.barrier()
+        raise CheckpointError(explain(str(folder), "a checkpoint written", problem[0], remedy))
 
 
 def load(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer) -> None:
@@ -84,10 +100,21 @@ def load(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer) ->
     Raises:
         CheckpointError: the folder is missing, damaged or of another model.
     """
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
     weights, averages = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": averages}
-    _read(folder, state)
+    _read(folder, state, no_dist=not distributed.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def read_sizes(folder: Path) -> SynapseConfig:
+    """The architecture of a sharded checkpoint.
+
+    Raises:
+        CheckpointError: the folder is missing or damaged. ConfigError: it is of another version.
+    """
+    return SynapseConfig.from_dict(read_json(folder / CONFIG_FILE))
 
 
 def convert(folder: Path, out: Path) -> SynapseModel:
@@ -96,16 +123,19 @@ def convert(folder: Path, out: Path) -> SynapseModel:
     Raises:
         CheckpointError: the folder is missing or damaged, or `out` cannot be written.
     """
-    model = SynapseModel(SynapseConfig.from_dict(read_json(folder / CONFIG_FILE)))
+    model = SynapseModel(read_sizes(folder))
     _read(folder, {"model": model.state_dict()}, no_dist=True)  # in place: the dict holds the model's own tensors
     model.save_pretrained(out)
     return model
 
 
 def _read(folder: Path, state: dict[str, Any], *, no_dist: bool = False) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load as read_shards
+
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
+            warnings.filterwarnings("ignore", message=SINGLE)
             read_shards(state, checkpoint_id=folder, no_dist=no_dist)
     except (OSError, CheckpointException, RuntimeError, ValueError) as error:
         remedy = "check the path; it must hold a sharded checkpoint of this model"

@@ -18,6 +18,7 @@ import torch
 from recipes import checkpoint, curves, tokens
 from recipes._accelerate import Accelerator, PartialState, broadcast_object_list, parse_flag_from_env, tqdm
 from recipes.command import Command, parse, resumed, settings
+from recipes.compiling import eagerly
 from recipes.config import AUTO, RunConfig, show_config
 from recipes.data import SEPARATOR, Tokenizer, load_tokenizer, open_source
 from recipes.display import clock, comparison
@@ -64,6 +65,7 @@ def configure(command: Command) -> tuple[RunConfig, Tokenizer]:
         tokenizer = load_tokenizer(BYTES if config.tokenizer == BYTES else command.out / TOKENIZER_FILE)
     config.model_config(tokenizer.vocab_size)
     tokenizer.encode(command.prompt or "")
+    os.environ.setdefault("TRACKIO_DIR", str((command.out / checkpoint.TRACKERS_FOLDER).resolve()))  # read on import
     for name in config.trackers:
         try:
             importlib.import_module(name)
@@ -139,13 +141,8 @@ def report(trainer: Trainer, command: Command) -> None:
     progress = trainer.progress
     figures = {"bits_per_byte": {"model": bits.per_byte, **rivals}, "bytes": bits.count}
     checkpoint.write_json(trainer.out / checkpoint.RESULT_FILE, {**asdict(progress), **figures})
-    model = trainer.accelerator.unwrap_model(trainer.wrapped, keep_fp32_wrapper=False).eval()
-    if command.sample_tokens:
-        prompt = command.prompt or (CODE_PROMPT if trainer.config.data is None else text[:64].decode(errors="ignore"))
-        sample(model, trainer.tokenizer, prompt, length=command.sample_tokens, seed=trainer.config.seed)
-    with torch.no_grad():
-        seen = model(stream[None, :TRACED].long().to(trainer.accelerator.device), trace=TraceSpec(level="full"))
-    print(f"Inside, over the first {min(TRACED, len(stream))} tokens of held-out text:\n\n{seen.trace.report()}\n")
+    with eagerly(trainer.config.compile):
+        show(trainer, command, text)
     if (trainer.out / checkpoint.LOG_FILE).exists():  # not after a handful of steps
         picture = curves.draw(trainer.out)
         print(f"Curves of the run are in {picture}" if picture else f"No picture of the run: {curves.MISSING}")
@@ -154,6 +151,18 @@ def report(trainer: Trainer, command: Command) -> None:
     config = trainer.config
     more = f"--steps {2 * config.steps}" if config.steps else f"--minutes {2 * config.minutes:g}"
     print(f"  go on:      {GO_ON} --out {trainer.out} --resume {more}")
+
+
+def show(trainer: Trainer, command: Command, text: bytes) -> None:
+    """Prints a sample of the finished model, and its inside over the first of the held-out text."""
+    model, stream, config = trainer.whole().eval(), trainer.held_out, trainer.config
+    if command.sample_tokens:
+        prompt = command.prompt or (CODE_PROMPT if config.data is None else text[:64].decode(errors="ignore"))
+        sample(model, trainer.tokenizer, prompt, length=command.sample_tokens, seed=config.seed)
+    with torch.no_grad():
+        ids = stream[None, :TRACED].long().to(next(model.parameters()).device)
+        seen = model(ids, trace=TraceSpec(level="full"))
+    print(f"Inside, over the first {ids.shape[1]} tokens of held-out text:\n\n{seen.trace.report()}\n")
 
 
 def train(command: Command) -> bool:
@@ -181,7 +190,6 @@ def train(command: Command) -> bool:
     with contextlib.ExitStack() as held:
         on_main(state, lambda: held.enter_context(checkpoint.claim(command.out)))
         folder = command.out / checkpoint.TRACKERS_FOLDER
-        os.environ.setdefault("TRACKIO_DIR", str(folder))
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             cpu=cpu,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recipes import checkpoint
+from recipes import checkpoint, sharded
 from recipes._accelerate import Accelerator, PartialState, broadcast_object_list
 from recipes.checkpoint import Progress
 from recipes.command import Command
+from recipes.compiling import compile_layers, eagerly
 from recipes.config import RunConfig
 from recipes.data import Batch, Rows, Tokenizer, Windows, mix
 from recipes.display import ProgressBar, clock
@@ -75,10 +77,14 @@ class Trainer:
         torch.manual_seed(mix(config.seed, -1))
         folder = checkpoint.latest(self.out) if command.resume else None
         self.model = self.build(folder)
+        self.sharded = config.shard and self.world > 1
+        if self.sharded:
+            sharded.shard(self.model, device=accelerator.device)
         self.optimizer = adamw(self.model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
-        self.progress = checkpoint.restore(folder, self.model, self.optimizer) if folder else Progress()
+        self.progress = self.restore(folder) if folder else Progress()
         self.state = self.restore_state(folder) if folder and self.progress.carried else None
-        self.wrapped: Any = accelerator.prepare(self.model)
+        self.saved: int | None = self.progress.step if folder else None
+        self.wrapped: Any = self.model if self.sharded else accelerator.prepare(self.model)
         self.schedule = config.learning_rate()
         self.stop = StopRequest()
         self.failed_in_a_row = 0
@@ -95,13 +101,33 @@ class Trainer:
             CheckpointError: the checkpoint's vocabulary is not the tokenizer's.
         """
         size = self.tokenizer.vocab_size
-        model = SynapseModel.from_pretrained(folder) if folder else SynapseModel(self.config.model_config(size))
+        if folder is None:
+            model = SynapseModel(self.config.model_config(size))
+        elif self.config.shard:
+            model = SynapseModel(sharded.read_sizes(folder / checkpoint.SHARDS_FOLDER))
+        else:
+            model = SynapseModel.from_pretrained(folder)
         if model.config.vocab_size != size:
             remedy = f"restore the {TOKENIZER_FILE} that the run was started with"
             got = f"{model.config.vocab_size} in {folder}"
             raise CheckpointError(explain("vocabulary", f"{size} entries, the tokenizer's", got, remedy))
         model.recompute = self.config.recompute
-        return model.to(self.accelerator.device).train()
+        if not (self.config.shard and self.world > 1):  # each shard finds its own way; the whole may not fit
+            model.to(self.accelerator.device)
+        if self.config.compile:
+            compile_layers(model)
+        return model.train()
+
+    def restore(self, folder: Path) -> Progress:
+        """Puts a checkpoint's optimizer back, and its weights where they lie in shards; says how far the run was.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of another model.
+        """
+        if not self.config.shard:
+            return checkpoint.restore(folder, self.model, self.optimizer)
+        sharded.load(folder / checkpoint.SHARDS_FOLDER, self.model, self.optimizer)
+        return checkpoint.read_progress(folder)
 
     def restore_state(self, folder: Path) -> SynapseState:
         """This process's rows of the state that a checkpoint carries on.
@@ -164,7 +190,10 @@ class Trainer:
         losses = {name: torch.stack([out.losses[name] for out in outs]).sum() * share for name in outs[0].losses}
         clock_now = time.monotonic() - started if self.main else 0.0
         shared = self.total([clock_now, float(self.stop.made), *losses.values()])
-        self.last = {"norm": float(norm), **dict(zip(losses, shared[2:], strict=True))}
+        self.last = {
+            "norm": float(norm.full_tensor() if self.sharded else norm),
+            **dict(zip(losses, shared[2:], strict=True)),
+        }
         loads = [out.load for out in outs if out.load is not None]
         self.load = torch.stack(loads).sum(0) if loads else None
         finite = all(math.isfinite(value) for value in self.last.values())
@@ -192,14 +221,24 @@ class Trainer:
         reduce = self.reduced if self.world > 1 else None
         for number, (part, state) in enumerate(zip(parts, states, strict=True), start=1):
             last = number == len(parts)  # processes exchange gradients once a step
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                out = self.wrapped(
-                    part.ids, state, targets=part.targets, segment_ids=part.segment_ids, reduce_load=reduce
-                )
+            with self.exchange(last):
+                with self.accelerator.autocast():
+                    out = self.wrapped(
+                        part.ids, state, targets=part.targets, segment_ids=part.segment_ids, reduce_load=reduce
+                    )
                 self.accelerator.backward(out.loss / len(parts))
             losses = {name: out.losses[name].detach() for name in sorted(out.losses)}
             outs.append(Part(losses, out.expert_load, out.state.detach()))
+            del out  # its graph lies between what the next part's could take
         return outs
+
+    def exchange(self, now: bool) -> contextlib.AbstractContextManager[object]:
+        """A region in which backward passes exchange gradients, or leave it for later."""
+        if self.sharded:
+            self.wrapped.set_requires_gradient_sync(now)
+        elif not now:
+            return self.accelerator.no_sync(self.wrapped)  # type: ignore[no-any-return]
+        return contextlib.nullcontext()
 
     def states(self, batch: Batch) -> list[SynapseState | None]:
         """What each part of a batch goes on with: None for nothing, as in rows whose window opens a document."""
@@ -250,7 +289,7 @@ class Trainer:
     def judge(self, windows: int | None = None) -> Bits:
         """Held-out bits over all processes; `windows` of each row, or all of them."""
         self.model.eval()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), eagerly(self.config.compile):
             share = held_out_bits(
                 self.model,
                 self.held_out,
@@ -264,11 +303,17 @@ class Trainer:
         return Bits(bits, round(count))
 
     def save(self) -> None:
-        """Writes a checkpoint from the main process; every process hears how it went."""
-        state = self.state
+        """Writes a checkpoint from the main process, shards from all; every process hears how it went."""
+        if self.saved == self.progress.step:
+            return
+        state, shards = self.state, None
         if state is not None and self.world > 1:  # every process's rows, in order
             layers = map_tensors(self.accelerator.gather, state.layers)
             state = SynapseState(layers, self.accelerator.gather(state.position))
+        if self.config.shard:
+            shards = self.out / f".{checkpoint.SHARDS_FOLDER}"
+            on_main(self.accelerator, lambda: shutil.rmtree(shards, ignore_errors=True))
+            sharded.save(shards, self.model, self.optimizer)
         on_main(
             self.accelerator,
             lambda: checkpoint.save(
@@ -279,8 +324,22 @@ class Trainer:
                 keep=self.config.keep,
                 state=state,
                 tokenizer=self.tokenizer,
+                shards=shards,
             ),
         )
+        self.saved = self.progress.step
+
+    def whole(self) -> SynapseModel:
+        """The model in one piece, for the main process alone; of shards, as the last checkpoint has it, on the CPU.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or it could not be read.
+        """
+        if not self.config.shard:
+            model: SynapseModel = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            return model
+        folder = checkpoint.latest(self.out)
+        return sharded.convert(folder / checkpoint.SHARDS_FOLDER, folder)
 
     def log(self, bar: ProgressBar) -> None:
         """Adds a line to the log, and to the trackers, every `LOG_EVERY` steps."""

@@ -1,23 +1,25 @@
 """Which size of model suits a machine and a text, and what a training step of it will take.
 
-Nothing comes from tables of machines: memory is counted on a model of one and of two layers, time is measured on them,
-and both are straight lines in the number of layers. D model width, L layers, E experts.
+Nothing comes from tables of machines: memory is counted on steps of one and of two layers, time is measured on them,
+and both are straight lines in the number of layers. D model width, L layers, E experts, B rows.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from synapse_arch.errors import ConfigError, explain
 from synapse_arch.model import accounting
+from synapse_arch.model._live import Live
 from synapse_arch.model.config import SynapseConfig
 from synapse_arch.model.model import SynapseModel
 from synapse_arch.modules import ExpertsConfig, MemoryConfig, ThalamusConfig, XLSTMConfig
@@ -26,9 +28,10 @@ TOKENS_A_PARAMETER = 20
 """Tokens to read for each active parameter, the best use of a budget (Hoffmann et al. 2022)."""
 EPOCHS = 4
 """How often a text can be read at nearly the worth of new text (Muennighoff et al. 2023)."""
-MEMORY_SHARE = 0.5
-"""Of the memory there is. A step was measured to hold 1.4 to 1.6 times at its peak what `training_memory` counts: the
-backward pass's passing values, and fragments between tensors; the rest is for the program and its libraries."""
+MEMORY_SHARE = 0.8
+"""Of the memory there is; the rest is for the program and its libraries."""
+HEAP = 1.24
+"""What the C library's heap holds on a CPU for every byte of tensors: 1.18 to 1.30 on six sizes of model and batch."""
 WIDTHS = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 64)
 POOLS = (16, 8, 4)
 
@@ -129,39 +132,34 @@ def available_memory(device: torch.device | str | None = None) -> int:
     return pages["SC_PHYS_PAGES"] * pages["SC_PAGE_SIZE"] // 2
 
 
-def training_memory(config: SynapseConfig, *, batch_size: int, length: int) -> int:
+def training_memory(config: SynapseConfig, *, batch_size: int, length: int, device: torch.device | str = "cpu") -> int:
     """Bytes that a training step takes at its peak, in float32 with AdamW.
 
     Weights and AdamW's averages are always there, 12 bytes a parameter. To them come either all that the backward pass
-    needs, at its start, or, at its end, the gradients.
+    needs, at its start, or, at its end, the gradients and what its last layer needs.
     """
     _, total = _learning(config)
     # Experts that get no token leave nothing behind, and how many there are does not matter to those that do.
     few = config.experts and replace(config.experts, n_experts=config.thalamus.top_k, labels=None)
     probe = replace(config, experts=few)
-    one, two = (saved_bytes(replace(probe, n_layers=layers), length=length) for layers in (1, 2))
-    saved = batch_size * (one + (config.n_layers - 1) * (two - one))
-    logits = 4 * batch_size * length * config.vocab_size
-    return 12 * total + max(saved + logits, 4 * total)
+    one, two = (live_bytes(replace(probe, n_layers=layers), length=length) for layers in (1, 2))
+    alive = one + (config.n_layers - 1) * (two - one)
+    needed = 12 * total + max(batch_size * alive, 4 * total + batch_size * one)
+    return round(needed * (HEAP if torch.device(device).type == "cpu" else 1.0))
 
 
-def saved_bytes(config: SynapseConfig, *, length: int) -> int:
-    """Bytes that one row of so many tokens leaves for the backward pass, weights not counted; counted on the CPU."""
+def live_bytes(config: SynapseConfig, *, length: int) -> int:
+    """Bytes of tensors alive at most in a step of one row, weights and gradients not counted; counted on the CPU."""
     model = SynapseModel(config).train()
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = tensor  # held, so that no other tensor gets its place
-        return tensor
-
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    own = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad) if tensor is not None]
     ids = torch.zeros(1, length, dtype=torch.long)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = model(ids, targets=ids)
-    del out
-    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+    with torch.enable_grad(), Live(own) as live:
+        loss = model(ids, targets=ids).loss
+        assert loss is not None, "targets were given"
+        loss.backward()
+    return int(live.peak)
 
 
 def predict(
@@ -170,7 +168,7 @@ def predict(
     batch_size: int = 4,
     length: int = 256,
     device: torch.device | str = "cpu",
-    repeats: int = 3,
+    seconds: float = 2.0,
 ) -> Prediction:
     """What a training step takes here: measured on one and two layers, and drawn on to all of them.
 
@@ -179,36 +177,52 @@ def predict(
         batch_size: windows a step.
         length: tokens of each.
         device: where the training will run.
-        repeats: steps of which the fastest counts, after one that warms up.
+        seconds: how long steps are timed; never fewer than three of each depth.
     """
-    shape: Any = {"batch_size": batch_size, "length": length}
-    depths = sorted({1, min(2, config.n_layers)})
-    times = [
-        step_seconds(replace(config, n_layers=layers), device=device, repeats=repeats, **shape) for layers in depths
-    ]
-    seconds = times[0] + (config.n_layers - 1) * (times[-1] - times[0])
-    return Prediction(seconds=max(seconds, times[-1]), memory=training_memory(config, **shape))
+    shape: Any = {"batch_size": batch_size, "length": length, "device": device}
+    depths = [replace(config, n_layers=layers) for layers in (1, 2)]
+    one, two = fastest([stepper(depth, **shape) for depth in depths], seconds)
+    return Prediction(seconds=deepened(one, two, config.n_layers), memory=training_memory(config, **shape))
 
 
-def step_seconds(
-    config: SynapseConfig, *, batch_size: int, length: int, device: torch.device | str = "cpu", repeats: int = 3
-) -> float:
-    """Seconds of a training step on random tokens: the fastest of `repeats`, after one that warms up."""
+def deepened(one: float, two: float, layers: int) -> float:
+    """Seconds of a step of so many layers, from those of one layer and of two."""
+    return max(one + (layers - 1) * (two - one), one)
+
+
+def fastest(steps: Sequence[Callable[[], float]], seconds: float) -> list[float]:
+    """The fewest seconds each step took, run in turns for so long: what else the machine does slows all of them.
+
+    Args:
+        steps: each does its step and returns its seconds.
+        seconds: how long; never fewer than three turns, and one before that warms up.
+    """
+    start, turns = time.perf_counter(), [[step() for step in steps]]
+    while len(turns) < 4 or time.perf_counter() - start < seconds:
+        turns.append([step() for step in steps])
+    return [min(times) for times in zip(*turns[1:], strict=True)]
+
+
+def stepper(
+    config: SynapseConfig, *, batch_size: int, length: int, device: torch.device | str = "cpu"
+) -> Callable[[], float]:
+    """A fresh model's training step on random tokens, which returns the seconds it took."""
     model = SynapseModel(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    times = []
-    for _ in range(repeats + 1):
+
+    def step() -> float:
         ids = torch.randint(config.vocab_size, (batch_size, length), device=device)
         start = _now(device)
-        loss = model(ids, targets=ids).loss
-        assert loss is not None, "targets were given"
         with torch.enable_grad():
+            loss = model(ids, targets=ids).loss
+            assert loss is not None, "targets were given"
             loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        times.append(_now(device) - start)
-    return min(times[1:])
+        return _now(device) - start
+
+    return step
 
 
 def _shape(width: int, experts: int, vocab_size: int) -> SynapseConfig:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from synapse_arch.ops._opaque import opaque
+
 
 def chunk_heads(x: Tensor, size: int) -> Tensor:
     """(B, T, H, ...) -> contiguous (B, H, N, C, ...), the last chunk padded with zeros."""
@@ -75,7 +77,7 @@ def carry(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         The states that enter each chunk (B, H, N, K, V), and the one that leaves the last (B, H, K, V).
     """
-    entering, final = _Carry.apply(decay, update, state)  # type: ignore[no-untyped-call]
+    entering, final = _carry(decay, update, state)
     return entering, final
 
 
@@ -102,3 +104,10 @@ class _Carry(torch.autograd.Function):
             grad_update[:, :, n] = grad
             grad = torch.addcmul(grad_entering[:, :, n], grad, decay[:, :, n, None, None])
         return (grad_update * entering).sum((-2, -1)), grad_update, grad
+
+
+_carry = opaque(
+    _Carry,
+    "carry(Tensor decay, Tensor update, Tensor state) -> (Tensor entering, Tensor final)",
+    keep=("decay", "entering"),
+)

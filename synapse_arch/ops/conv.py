@@ -16,6 +16,7 @@ from torch import Tensor
 from synapse_arch.errors import ConfigError, ShapeError, explain
 from synapse_arch.ops._backends import compute_dtype
 from synapse_arch.ops._checks import Sizes, check_float, check_packing, check_shape, check_state
+from synapse_arch.ops._opaque import opaque
 from synapse_arch.ops._packing import compaction, segment_index
 
 
@@ -91,7 +92,7 @@ def _depthwise(before: Tensor, x: Tensor, taps: _Taps, segments: Tensor | None) 
     Also returns the segment numbers of before and x (B, W-1+T): the incoming state belongs to segment 0.
     """
     numbers = None if segments is None else F.pad(segments, (before.shape[1], 0))
-    y: Tensor = _ShiftedSum.apply(before, x, taps.weight, taps.bias, numbers, taps.silu)  # type: ignore[no-untyped-call]
+    y: Tensor = _shifted(before, x, taps.weight, taps.bias, numbers, taps.silu)
     return y, numbers
 
 
@@ -237,3 +238,10 @@ def _masked(x: Tensor, taps: _Taps, state: Tensor, segment_ids: Tensor | None, m
         same = numbers.gather(1, last) == numbers.gather(1, last[:, -1:])
         after = torch.where(same[..., None], after, 0.0)
     return y.gather(1, inverse[..., None].expand_as(y)), after
+
+
+_shifted = opaque(
+    _ShiftedSum,
+    "shifted_sum(Tensor before, Tensor x, Tensor weight, Tensor? bias, Tensor? numbers, bool silu) -> (Tensor y)",
+    keep=("before", "x", "weight", "bias", "numbers"),
+)

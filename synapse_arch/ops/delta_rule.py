@@ -21,6 +21,7 @@ from synapse_arch.errors import ConfigError, explain
 from synapse_arch.ops._backends import compute_dtype, no_autocast, resolve, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import carry, chunk_heads, decay_gaps, reach, unchunk_heads
+from synapse_arch.ops._opaque import opaque
 from synapse_arch.ops._packing import segment_index
 
 Rule = Literal["delta", "hebbian"]
@@ -189,7 +190,7 @@ def _chunked(z: _Inputs, rule: Rule, size: int) -> tuple[Tensor, Tensor]:
         solve = inverse * beta[..., None, :]  # A⁻¹ diag(β)
         erased = (solve * _repeat(from_start, steps, -1)[..., None, :]) @ k  # W
         u = solve @ v if added is None else inverse @ added
-        entering, writes, final = _Corrected.apply(u, erased, keys_out, through, z.state)  # type: ignore[no-untyped-call]
+        entering, writes, final = _corrected(u, erased, keys_out, through, z.state)
     o = torch.addcmul(scores @ writes, q @ entering, from_start[..., None])
     return unchunk_heads(o, length), final
 
@@ -243,7 +244,7 @@ def unit_lower_inverse(strict: Tensor) -> Tensor:
     Returns:
         (..., c, c), unit lower triangular.
     """
-    return _UnitLowerInverse.apply(strict)  # type: ignore[no-untyped-call, no-any-return]
+    return _inverse(strict)  # type: ignore[no-any-return]
 
 
 class _UnitLowerInverse(torch.autograd.Function):
@@ -278,3 +279,14 @@ def _diagonal_blocks(x: Tensor, blocks: int) -> Tensor:
     size = x.shape[-1] // blocks
     rows = x.unflatten(1, (blocks, size)).unflatten(3, (blocks, size))  # (M, blocks, size, blocks, size)
     return rows.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # type: ignore[no-any-return]
+
+
+_corrected = opaque(
+    _Corrected,
+    "corrected(Tensor u, Tensor w, Tensor keys, Tensor decay, Tensor state)"
+    " -> (Tensor entering, Tensor writes, Tensor final)",
+    keep=("w", "keys", "decay", "entering", "writes"),
+)
+
+
+_inverse = opaque(_UnitLowerInverse, "unit_lower_inverse(Tensor strict) -> (Tensor inverse)", keep=("inverse",))

@@ -17,6 +17,7 @@ from torch import Tensor
 from synapse_arch.errors import ShapeError, explain
 from synapse_arch.ops._backends import autocast_enabled, fall_back, resolve
 from synapse_arch.ops._checks import Sizes, check_float, check_shape
+from synapse_arch.ops._opaque import opaque
 
 
 def expert_swiglu(
@@ -57,7 +58,7 @@ def expert_swiglu(
     for name, w in (("w_in", w_in), ("w_out", w_out)):
         if w.dtype != x.dtype and not autocast_enabled(x):
             raise ShapeError(explain(name, f"x's dtype {x.dtype}", w.dtype, "convert one of them, or use autocast"))
-    if indices.device.type == "cpu":  # elsewhere it would wait for the device
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
         _check_indices(indices, sizes["E"])
     chosen = resolve("expert_swiglu", backend)
     if backend == "auto" and x.device.type != "cpu":
@@ -75,7 +76,7 @@ def expert_swiglu(
     share = weights.reshape(-1)[order].to(x.dtype)
     if chosen == "grouped":
         return _grouped(x, w_in, w_out, order, share, counts)
-    return _Sorted.apply(x, w_in, w_out, order, share, counts)  # type: ignore[no-untyped-call, no-any-return]
+    return _sorted(x, w_in, w_out, order, share, counts)[0]  # type: ignore[no-any-return]
 
 
 def _check_indices(indices: Tensor, experts: int) -> None:
@@ -162,12 +163,12 @@ class _Sorted(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, share: Tensor, counts: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         slots = order.shape[0] // x.shape[0]
         sections = counts.tolist()
         used = sum(sections)
         tokens = order // slots
-        hidden = x.new_empty(used, w_in.shape[2])
+        hidden = x.new_empty(order.shape[0], w_in.shape[2])
         rows = x.new_empty(order.shape[0], x.shape[1])
         rows[used:] = 0.0
         for e, span in _spans(sections):
@@ -175,19 +176,19 @@ class _Sorted(torch.autograd.Function):
             gate, up = hidden[span].chunk(2, dim=-1)
             torch.mm(F.silu(gate).mul_(up), w_out[e], out=rows[span])
         rows[:used] *= share[:used, None]
-        inverse = torch.argsort(order)
-        ctx.save_for_backward(x, w_in, w_out, tokens, inverse, share, hidden)
-        ctx.sections = sections
-        return rows[inverse].view(-1, slots, x.shape[1]).sum(1)
+        ctx.save_for_backward(x, w_in, w_out, order, share, counts, hidden)
+        ctx.mark_non_differentiable(hidden)
+        return rows[torch.argsort(order)].view(-1, slots, x.shape[1]).sum(1), hidden
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_in, w_out, tokens, inverse, share, hidden = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_in, w_out, order, share, counts, hidden = ctx.saved_tensors
         wants_x, wants_in, wants_out, _, wants_share, _ = ctx.needs_input_grad
+        sections, tokens = counts.tolist(), order // (order.shape[0] // x.shape[0])
         grad_in = torch.empty_like(w_in) if wants_in else None
         grad_out = torch.empty_like(w_out) if wants_out else None
-        for e, count in enumerate(ctx.sections):
+        for e, count in enumerate(sections):
             if count == 0:  # the others are written whole below
                 for unused in (grad_in, grad_out):
                     if unused is not None:
@@ -195,8 +196,8 @@ class _Sorted(torch.autograd.Function):
         grad_share = torch.zeros_like(share)
         rows = x.new_empty(tokens.shape[0], x.shape[1]) if wants_x else None
         if rows is not None:
-            rows[hidden.shape[0] :] = 0.0
-        for e, span in _spans(ctx.sections):
+            rows[sum(sections) :] = 0.0
+        for e, span in _spans(sections):
             arriving, scale = grad[tokens[span]], share[span, None]
             gate, up = hidden[span].chunk(2, dim=-1)
             lit = F.silu(gate)
@@ -214,7 +215,7 @@ class _Sorted(torch.autograd.Function):
                 torch.mm(x[tokens[span]].T, before, out=grad_in[e])
             if rows is not None:
                 torch.mm(before, w_in[e].T, out=rows[span])
-        grad_x = None if rows is None else rows[inverse].view(x.shape[0], -1, x.shape[1]).sum(1)
+        grad_x = None if rows is None else rows[torch.argsort(order)].view(x.shape[0], -1, x.shape[1]).sum(1)
         return grad_x, grad_in, grad_out, None, grad_share, None
 
 
@@ -225,3 +226,12 @@ def _spans(sections: list[int]) -> Iterator[tuple[int, slice]]:
         if count:
             yield e, slice(start, start + count)
         start += count
+
+
+_sorted = opaque(
+    _Sorted,
+    "sorted_experts(Tensor x, Tensor w_in, Tensor w_out, Tensor order, Tensor share, Tensor counts)"
+    " -> (Tensor y, Tensor hidden)",
+    keep=("x", "w_in", "w_out", "order", "share", "counts", "hidden"),
+    fake=lambda x, w_in, w_out, order, *_: (torch.empty_like(x), x.new_empty(order.shape[0], w_in.shape[2])),
+)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from synapse_arch.ops._backends import compute_dtype, no_autocast, resolve
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
+from synapse_arch.ops._opaque import opaque
 from synapse_arch.ops._packing import segment_index
 
 
@@ -108,7 +109,7 @@ def _chunked(
     restart = torch.zeros(1, dtype=torch.bool, device=x.device)
     if fresh is not None:
         restart = F.pad(fresh, (0, padding)).unflatten(1, (-1, size))
-    y, final = _TwoLevelScan.apply(x, dt, A, B, C, state, restart)  # type: ignore[no-untyped-call]
+    y, final, _ = _scan(x, dt, A, B, C, state, restart)
     return y.reshape(batch, -1, channels)[:, :length], final
 
 
@@ -122,7 +123,7 @@ class _TwoLevelScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, restart: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         chunks, size = x.shape[1:3]
         local = x.new_zeros(*x.shape[:2], *A.shape)  # (B, n, D, N): each chunk from zero
         through = torch.ones_like(local)
@@ -140,11 +141,12 @@ class _TwoLevelScan(torch.autograd.Function):
             h = torch.addcmul(_write(x, B, c), _decay(dt, A, restart, c), h)
             y[:, :, c] = (h @ C[:, :, c, :, None]).squeeze(-1)
         ctx.save_for_backward(x, dt, A, B, C, entering, restart)
-        return y, state
+        ctx.mark_non_differentiable(entering)
+        return y, state, entering
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, entering, restart = ctx.saved_tensors
         chunks, size = x.shape[1:3]
         h, history = entering, [entering]
@@ -187,3 +189,11 @@ def _decay(dt: Tensor, A: Tensor, restart: Tensor, c: int) -> Tensor:
 def _write(x: Tensor, B: Tensor, c: int) -> Tensor:
     """What step c of every chunk adds to the state: (B, n, D, N)."""
     return x[:, :, c, :, None] * B[:, :, c, None, :]
+
+
+_scan = opaque(
+    _TwoLevelScan,
+    "two_level_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state, Tensor restart)"
+    " -> (Tensor y, Tensor final, Tensor entering)",
+    keep=("x", "dt", "A", "B", "C", "entering", "restart"),
+)

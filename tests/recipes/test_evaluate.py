@@ -69,10 +69,12 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert result["text"]["bytes"] == len(data) - 1
     expected = result["bits_per_byte"]["model"] * (len(data) - 1)
     assert result["perplexity"] == pytest.approx(2 ** (expected / (len(data) - 1)), rel=1e-9)
-    assert len(result["context"]) == 7
+    assert [part["first"] for part in result["context"]] == [1, 2, 4, 8, 16, 32]
+    assert result["context"][-1]["last"] == 65
+    assert (tmp_path / "out" / "context.png").read_bytes()[:4] == b"\x89PNG"
     table = (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")
     assert f"| bits per byte, model | {result['bits_per_byte']['model']:.4f} |" in table
-    assert "| 64 to 64 |" in table
+    assert "| 32 to 64 |" in table
     assert table in capsys.readouterr().out
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from synapse_arch import ExpertsConfig, SynapseConfig, SynapseModel, ThalamusCon
 from synapse_arch.errors import CheckpointError, ConfigError
 from tests.helpers import assert_close
 from tests.model.small import small_config, small_model, tokens
+from tests.recipes.running import ROOT
 
 peft = pytest.importorskip("peft")
 
@@ -213,3 +217,25 @@ def test_a_folder_in_use_and_a_changed_run_are_refused(
     assert "--overwrite" in capsys.readouterr().err
     assert main([*given, "--resume", "--rank", "3"]) == 2
     assert "--rank with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("task", "method"), [("sft", "lora"), ("orpo", "full")])
+def test_two_processes_reproduce_one(tmp_path: Path, files: Path, task: str, method: str) -> None:
+    """At equal global batch and unequal lengths; and one goes on from what two saved."""
+    fields = {"sft": ("completion",), "orpo": ("chosen", "rejected")}[task]
+    lines = ({"prompt": "say " * n, **{name: f"{name[n:]}" * n for name in fields}} for n in range(1, 5))
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    given = ["--base", str(files / "base"), "--data", str(tmp_path / "data.jsonl"), "--task", task, "--method", method]
+    given += ["--batch-size", "4", "--lr", "1e-3"]
+    assert main([*given, "--out", str(tmp_path / "one"), "--epochs", "4"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["recipes/finetune.py", *given, "--out", str(tmp_path / "two"), "--epochs", "4"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        for name in ("language", "balance", "z", task):
+            if name in one:
+                assert two[name] == pytest.approx(one[name], rel=1e-6), (one["step"], name)
+    assert len(log(tmp_path / "two")) == 4
+    assert main(["--out", str(tmp_path / "two"), "--resume"]) == 0

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -146,17 +146,28 @@ def test_tensorboard_gets_the_log(tmp_path: Path, arguments: list[str]) -> None:
     assert found == pytest.approx(losses(tmp_path), rel=1e-6)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
-def test_trackio_is_told_through_accelerate(
-    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[dict[str, object]] = []
-    run = types.SimpleNamespace(log=lambda values, **_: told.append(values), config={}, name="run")
-    stand_in = types.SimpleNamespace(init=lambda **_: run, log=run.log, finish=lambda: None, config={})
-    monkeypatch.setitem(sys.modules, "trackio", stand_in)
-    run.finish = stand_in.finish
-    assert main([*arguments, "--out", str(tmp_path), "--steps", "20", "--trackers", "trackio"]) == 0
-    assert [values["language"] for values in told] == losses(tmp_path)
+def trackio_works() -> bool:
+    """Whether it can be imported: older versions cannot, beside newer libraries of those they use."""
+    try:
+        importlib.import_module("trackio")
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not trackio_works(), reason="no trackio that can be imported")
+def test_trackio_gets_the_log(tmp_path: Path, arguments: list[str]) -> None:
+    """In a process of its own, since trackio takes its folder from the environment when it is imported."""
+    command = [sys.executable, "-m", "recipes.train", *arguments, "--steps", "20", "--trackers", "trackio"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {name: value for name, value in os.environ.items() if name != "TRACKIO_DIR"}
+    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command += ["--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackers" / "synapse.db")) as database:
+        told = [json.loads(row[0]) for row in database.execute("select metrics from metrics order by step")]
+    assert [values["language"] for values in told] == pytest.approx(losses(tmp_path), rel=1e-6)
 
 
 def test_a_tracker_that_is_missing_is_refused(

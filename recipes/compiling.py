@@ -1,0 +1,37 @@
+"""The `--compile` option: torch.compile of the layers, for the steps of a training."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from synapse_arch import SynapseModel
+from synapse_arch.errors import ConfigError, explain
+
+
+def compile_layers(model: SynapseModel) -> None:
+    """Has each layer compiled when it is first called; layers are alike, so the first one's code serves all.
+
+    What is fused are projections' surroundings: norms, gates, convolutions' ends, routing, the inside of chunks. The
+    loops over chunks and the experts' products run as they are. Embedding, head and loss are not compiled.
+
+    Raises:
+        ConfigError: the device is a CPU and there is no C++ compiler.
+    """
+    if model.embedding.weight.device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            remedy = "install one, such as g++, or leave --compile away"
+            raise ConfigError(explain("compile", "a C++ compiler", "none", remedy)) from error
+    for layer in model.layers:
+        layer.compile()
+
+
+def eagerly(compiled: bool) -> contextlib.AbstractContextManager[object]:
+    """A region where nothing is compiled: texts of other shapes, read for a look, would each be compiled anew."""
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

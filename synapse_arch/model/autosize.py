@@ -31,7 +31,7 @@ EPOCHS = 4
 MEMORY_SHARE = 0.8
 """Of the memory there is; the rest is for the program and its libraries."""
 HEAP = 1.24
-"""What the C library's heap holds on a CPU for every byte of tensors: 1.18 to 1.30 on six sizes of model and batch."""
+"""What the C library's heap holds on a CPU for every byte of tensors: 1.22 to 1.30 on four sizes of model and batch."""
 WIDTHS = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 64)
 POOLS = (16, 8, 4)
 

@@ -92,9 +92,7 @@ class SynapseLayer(nn.Module):
         if self.memory is not None:
             plasticity = controls and controls.memory_write
             memory = self.memory(self.memory_norm(x), state and state.memory, plasticity=plasticity, **common)
-            x = x + (
-                memory.y if controls is None else memory.y * controls.memory_read[:, None, None].to(memory.y.dtype)
-            )
+            x = x + (memory.y if controls is None else controls.answer(memory.y))
         if controls is not None:
             x = controls.finish(x)
         record = None

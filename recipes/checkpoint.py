@@ -171,6 +171,20 @@ def latest(out: Path) -> Path:
     return found[max(found)]
 
 
+def model_folder(folder: Path, option: str) -> Path:
+    """The folder of a model: the one given, or the newest checkpoint where it is that of a run.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    if found := _checkpoints(folder):
+        return found[max(found)]
+    got = "a folder without them" if folder.is_dir() else "no such folder"
+    raise CheckpointError(explain(f"{option} {folder}", "a model, or a run with a checkpoint in it", got))
+
+
 def save(
     out: Path,
     model: SynapseModel,

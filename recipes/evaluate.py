@@ -92,6 +92,7 @@ def load_model(folder: Path, adapter: Path | None) -> tuple[SynapseModel, Tokeni
     Raises:
         CheckpointError: a folder holds no model, or no adapter of it. ConfigError: the tokenizer is of another size.
     """
+    folder = checkpoint.model_folder(folder, "--model")
     model, tokenizer = SynapseModel.from_pretrained(folder), load_tokenizer(folder)
     if model.config.vocab_size != tokenizer.vocab_size:
         remedy = "put the model's tokenizer.json beside its weights"

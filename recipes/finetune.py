@@ -234,7 +234,8 @@ def configure(command: Command) -> tuple[FinetuneConfig, Tokenizer, Pairs, Pairs
         config = FinetuneConfig(**command.given)
         if not command.overwrite:
             checkpoint.refuse_used(command.out)
-    base = Path(config.base)
+    base = checkpoint.model_folder(Path(config.base), "--base")
+    config = dataclasses.replace(config, base=str(base))
     tokenizer = load_tokenizer(base)
     vocabulary = checkpoint.read_json(base / "config.json").get("vocab_size")
     if vocabulary != tokenizer.vocab_size:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from recipes import checkpoint
 from recipes.adapters import add_lora, expert_names, linear_names, load_lora
+from recipes.checkpoint import model_folder
 from recipes.finetune import main
 from synapse_arch import ExpertsConfig, SynapseConfig, SynapseModel, ThalamusConfig
 from synapse_arch.errors import CheckpointError, ConfigError
@@ -194,7 +195,7 @@ def test_a_run_that_was_cut_in_two_ends_with_the_same_bits(
         (["--lora-modules", "nowhere"], "LoRA modules"),
         (["--method", "full", "--lora-modules", "in_proj"], "method full"),
         (["--length", "4"], "line 1: expected at most 4 tokens"),
-        (["--base", "nowhere"], "nowhere"),
+        (["--base", "nowhere"], "expected a model, or a run with a checkpoint in it, got no such folder"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--task", "dpo"], "line 1: expected the fields prompt, chosen, rejected"),
     ],
@@ -206,6 +207,14 @@ def test_what_cannot_work_is_said_in_one_line(
     shown = capsys.readouterr().err.strip().splitlines()[-1]
     assert shown.startswith("error: ")
     assert message in shown
+
+
+def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
+    for step in (4, 10, 9):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    assert model_folder(tmp_path, "--base") == tmp_path / "step-00000010"
+    (tmp_path / "config.json").touch()
+    assert model_folder(tmp_path, "--base") == tmp_path
 
 
 def test_a_folder_in_use_and_a_changed_run_are_refused(

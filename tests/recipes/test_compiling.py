@@ -31,6 +31,7 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch.compiler.reset()
 

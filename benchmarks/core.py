@@ -11,13 +11,12 @@ No speed is reported when a fast form differs from its reference. The exit statu
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.measure import ROOT, Figure, environment, machine_slug, table
+from benchmarks.measure import ROOT, Figure, environment, machine_slug, table, write_report
 from benchmarks.parity import parity
 from benchmarks.speed import decoding, length_cost, training_memory, training_rate
 from benchmarks.streaming import streaming
@@ -113,10 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path is None and not (options.quick or options.only):
         path = ROOT / "benchmarks" / "results" / f"core-{machine_slug(place)}.json"
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report = {"environment": place, "sizes": asdict(sizes), "figures": [figure.to_dict() for figure in figures]}
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path}", file=sys.stderr)
+        write_report(path, place, figures, sizes=asdict(sizes))
     return int(any(figure.met is False for figure in figures))
 
 

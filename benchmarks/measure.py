@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import resource
@@ -158,6 +159,21 @@ def environment() -> dict[str, Any]:
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def write_report(path: Path, place: dict[str, Any], figures: Iterable[Figure], **more: Any) -> None:
+    """Writes a benchmark's JSON, its folder too where that is missing, and says where it is.
+
+    Args:
+        path: the file.
+        place: of `environment`.
+        figures: what was measured.
+        more: what else belongs in the file, such as sizes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"environment": place, **more, "figures": [figure.to_dict() for figure in figures]}
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}", file=sys.stderr)
 
 
 def machine_slug(place: dict[str, Any]) -> str:

@@ -25,7 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import ROOT, Figure, environment, machine_slug, peak_bytes, progress, seconds, table
+from benchmarks.measure import (
+    ROOT,
+    Figure,
+    environment,
+    machine_slug,
+    peak_bytes,
+    progress,
+    seconds,
+    table,
+    write_report,
+)
 from merge.io import Checkpoint
 from merge.recipe import Recipe
 from merge.run import merge
@@ -234,10 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ROOT / "benchmarks" / "results" / f"merge-{machine_slug(place)}.json" if options.gb >= GOAL_GB else None
     )
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report = {"environment": place, "figures": [figure.to_dict() for figure in figures]}
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path}", file=sys.stderr)
+        write_report(path, place, figures)
     return int(any(figure.met is False for figure in figures))
 
 

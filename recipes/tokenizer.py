@@ -12,6 +12,7 @@ import codecs
 import hashlib
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from recipes.sources import SEPARATOR, Document, open_source
 from synapse_arch.errors import ConfigError, DataError, SynapseError, explain
+from synapse_arch.letters import byte_letters
 
 BYTES = "bytes"
 """The name of the tokenizer that needs no file."""
@@ -35,7 +37,7 @@ EPILOG = """examples:
 """
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Ids that stand for strings of bytes.
 
     Args:
@@ -57,28 +59,29 @@ class Tokenizer:
         return torch.tensor([0 if token == SEPARATOR else len(piece) for token, piece in enumerate(self.pieces)])
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """What tells two tokenizers apart."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of `text`.
 
         Raises:
             DataError: the text holds half a surrogate pair, which is no character.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, documents: Sequence[Document]) -> list[Tensor]:
         """The ids of each document, of `dtype`, without a separator.
 
         Raises:
             DataError: a document is not UTF-8, where that is needed.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes what `load_tokenizer` needs into a folder: nothing for bytes."""
+        """Writes what `load_tokenizer` needs into a folder."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for."""
@@ -126,6 +129,9 @@ class ByteTokenizer(Tokenizer):
         """The bytes of each document, uint8, UTF-8 or not."""
         return [torch.frombuffer(bytearray(document.data), dtype=torch.uint8) for document in documents]
 
+    def save(self, folder: Path) -> None:
+        """Nothing: bytes need no file."""
+
 
 class BPETokenizer(Tokenizer):
     """A byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) in the file format of the tokenizers library.
@@ -143,7 +149,7 @@ class BPETokenizer(Tokenizer):
             self._inner = library.Tokenizer.from_str(source)
             vocabulary: dict[str, int] = self._inner.get_vocab()
             by_id = {token: piece for piece, token in vocabulary.items()}
-            letters = _alphabet()
+            letters = byte_letters()
             pieces = [bytes(letters[letter] for letter in by_id[token]) for token in range(1, len(by_id))]
         except Exception as error:  # the library raises bare Exceptions
             remedy = "make one with python -m recipes.tokenizer"
@@ -227,16 +233,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     )
     inner.train_from_iterator(texts, trainer)
     return BPETokenizer(inner.to_str())
-
-
-def _alphabet() -> dict[str, int]:
-    """The byte behind each letter in which a byte-level BPE's file spells its entries (Radford et al. 2019).
-
-    Printable Latin-1 stands for itself; the others are numbered from U+0100 in their order.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = (value for value in range(256) if value not in printable)
-    return {chr(value): value for value in printable} | {chr(256 + n): value for n, value in enumerate(others)}
 
 
 def _tokenizers() -> Any:

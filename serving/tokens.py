@@ -12,6 +12,7 @@ from typing import Any
 
 from serving.template import ChatTemplate, Message
 from synapse_arch.errors import DataError, explain
+from synapse_arch.letters import byte_letters
 from synapse_arch.model.sampling import Found
 
 DOCUMENT = 0
@@ -240,7 +241,7 @@ def _read_tokenizer(path: Path) -> Any:
 
 def _pieces(inner: Any, path: Path) -> list[bytes]:
     """The bytes of each id of a byte-level tokenizer: none for special tokens, plain UTF-8 for other added ones."""
-    letters, added = _alphabet(), inner.get_added_tokens_decoder()
+    letters, added = byte_letters(), inner.get_added_tokens_decoder()
     by_id = {token: piece for piece, token in inner.get_vocab(with_added_tokens=True).items()}
     pieces = []
     try:
@@ -253,13 +254,6 @@ def _pieces(inner: Any, path: Path) -> list[bytes]:
         remedy = "train one with python -m recipes.tokenizer"
         raise DataError(explain(str(path), "a byte-level tokenizer", f"the letter {error}", remedy)) from error
     return pieces
-
-
-def _alphabet() -> dict[str, int]:
-    """The byte behind each letter in which a byte-level tokenizer's file spells its entries (Radford et al. 2019)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {chr(256 + n): value for n, value in enumerate(hidden)}
 
 
 def _check(text: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from synapse_arch.errors import CheckpointError, ConfigError, StateError, explain
+from synapse_arch.letters import byte_letters
 from synapse_arch.model import SynapseConfig, SynapseModel, SynapseState, accounting
 from synapse_arch.model.loss import IGNORED
 
@@ -331,10 +332,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     >>> byte_tokenizer()("né").input_ids, byte_tokenizer().decode([110, 195, 169])
     ([0, 110, 195, 169], 'né')
     """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    order = printable + [value for value in range(256) if value not in printable]
-    letters = {value: chr(value if value in printable else 256 + n - len(printable)) for n, value in enumerate(order)}
-    vocabulary = {letter: value for value, letter in letters.items() if value} | {OPENING: 0}
+    vocabulary = {letter: value for letter, value in byte_letters().items() if value} | {OPENING: 0}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()

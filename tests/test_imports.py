@@ -36,6 +36,7 @@ OPTIONAL = (
 RECORDS = {f"synapse_arch.introspection.{name}" for name in ("records", "analysis", "report")}
 ALLOWED: dict[str, set[str]] = {
     "synapse_arch.errors": set(),
+    "synapse_arch.letters": set(),
     **{name: RECORDS | {"synapse_arch.errors"} for name in RECORDS},
     "synapse_arch.ops": {"synapse_arch.errors"},
     "synapse_arch.introspection": {"synapse_arch.errors", "synapse_arch.ops", *RECORDS},

@@ -11,13 +11,12 @@ the peer's. The exit status is 1 when a goal is missed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.measure import ROOT, Figure, environment, machine_slug, table
+from benchmarks.measure import ROOT, Figure, environment, machine_slug, table, write_report
 from benchmarks.peers import functions, language, parts
 from synapse_arch import SynapseConfig
 
@@ -98,10 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path is None and not (options.quick or options.only):
         path = ROOT / "benchmarks" / "results" / f"peers-{machine_slug(place)}.json"
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report = {"environment": place, "figures": [figure.to_dict() for figure in figures]}
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path}", file=sys.stderr)
+        write_report(path, place, figures)
     return int(any(figure.met is False for figure in figures))
 
 

@@ -12,7 +12,6 @@ Speeds are ratios of what was measured in turn, on a model of fresh weights. The
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import ROOT, Figure, environment, machine_slug, table
+from benchmarks.measure import ROOT, Figure, environment, machine_slug, table, write_report
 from benchmarks.serving import engine, load
 from benchmarks.serving.client import served
 from benchmarks.serving.soak import soak
@@ -123,10 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path is None and not (options.quick or options.only):
         path = ROOT / "benchmarks" / "results" / f"serving-{machine_slug(place)}.json"
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report = {"environment": place, "sizes": asdict(sizes), "figures": [figure.to_dict() for figure in figures]}
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path}", file=sys.stderr)
+        write_report(path, place, figures, sizes=asdict(sizes))
     return int(any(figure.met is False for figure in figures))
 
 

@@ -171,15 +171,9 @@ class SynapseModel(nn.Module):
         self._check(ids, state, targets, logits_to_keep)
         if controls is not None:
             controls.check(self.config, ids.shape[0])
-        layered = [None if controls is None else controls.layer(i) for i in range(self.config.n_layers)]
         before = state if state is not None else self.init_state(ids.shape[0], device=ids.device)
-        passes: list[_Pass] = []
-        for window in _windows(ids.shape[1], segment_ids):
-            last = passes[-1].state if passes else before
-            part = None if mask is None else mask[:, window]
-            spec = None if trace is None else replace(trace, start=trace.start + window.start)
-            options: dict[str, Any] = {"segment_ids": segment_ids, "mask": part, "trace": spec}
-            passes.append(self._read(ids[:, window], last, layered, options | {"expert_backend": expert_backend}))
+        options = {"segment_ids": segment_ids, "mask": mask, "trace": trace, "expert_backend": expert_backend}
+        passes = self._read_windows(ids, before, controls, options)
         x = passes[0].x if len(passes) == 1 else torch.cat([one.x for one in passes], dim=1)
         routings = [_join(parts) for parts in zip(*(one.routings for one in passes), strict=True)]
         logits = self.head(self.norm(x[:, -logits_to_keep:]) * self.logit_scale)
@@ -244,6 +238,20 @@ class SynapseModel(nn.Module):
 
     def _layers(self) -> list[SynapseLayer]:
         return cast(list[SynapseLayer], list(self.layers))
+
+    def _read_windows(
+        self, ids: Tensor, before: SynapseState, controls: Controls | None, options: dict[str, Any]
+    ) -> list[_Pass]:
+        """One pass after the other, each with its part of the mask and of the trace."""
+        layered = [None if controls is None else controls.layer(i) for i in range(self.config.n_layers)]
+        mask, trace = options["mask"], options["trace"]
+        passes: list[_Pass] = []
+        for window in _windows(ids.shape[1], options["segment_ids"]):
+            last = passes[-1].state if passes else before
+            part = None if mask is None else mask[:, window]
+            spec = None if trace is None else replace(trace, start=trace.start + window.start)
+            passes.append(self._read(ids[:, window], last, layered, options | {"mask": part, "trace": spec}))
+        return passes
 
     def _read(
         self, ids: Tensor, before: SynapseState, controls: list[LayerControls | None], options: dict[str, Any]

@@ -86,6 +86,9 @@ class _Record(SimpleNamespace):
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         """Nothing is recorded here."""
 
+    def set_materialize_grads(self, value: bool) -> None:
+        """Gradients come as they come."""
+
 
 def _own(tensor: Tensor) -> Tensor:
     """Contiguous, and no view: an operator's outputs share no memory."""

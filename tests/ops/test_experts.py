@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import BackendUnavailable
-from synapse_arch.ops import expert_swiglu
+from synapse_arch.ops import expert_swiglu, experts
 from synapse_arch.ops._backends import fall_back
 from tests.contracts.cases import normal, uniform
 from tests.helpers import Tensors, assert_equal, assert_same, cast, measure
@@ -156,3 +156,31 @@ def test_a_fall_back_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             assert fall_back("expert_swiglu", "auto", "grouped", "sorted", "of a test") == "sorted"
     assert caplog.messages == ["expert_swiglu: 'sorted' runs in place of 'grouped': of a test"]
+
+
+@pytest.mark.parametrize("multiple", [4, 64])
+def test_rows_filled_up_to_a_multiple_change_nothing(monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
+    tensors, indices = draw(), route(0.3, experts=E - 1)
+    expected = measure(lambda z: by_token(z, indices), tensors)
+    monkeypatch.setattr(experts, "_row_multiple", lambda *_: multiple)
+    assert_same(run("sorted", indices, tensors), expected)
+
+
+def test_narrow_products_meet_few_shapes() -> None:
+    """Each new shape of a narrow product is compiled by the library that computes it."""
+    shapes = set()
+    for _ in range(20):
+        order, counts = experts.sort_by_expert(route(), E)
+        spans = experts._place(torch.zeros(TOKENS, D, dtype=torch.bfloat16), order, counts).spans
+        shapes |= {span.stop - span.start for _, span in spans}
+        assert all(count <= span.stop - span.start < count + 64 for (_, span), count in zip(spans, counts, strict=True))
+    assert shapes <= {8, 16, 24, 32, 40}
+
+
+@FORMS
+def test_bfloat16(backend: str) -> None:
+    tensors, indices = draw(torch.float32), route()
+    expected = run("reference", indices, tensors)
+    narrow = run(backend, indices, {name: x.bfloat16() for name, x in tensors.items()})
+    for name, value in expected.items():
+        assert (narrow[name].float() - value).norm() <= 0.02 * value.norm(), name

@@ -117,24 +117,27 @@ class _ShiftedSum(torch.autograd.Function):
         before, x, weight, bias, numbers = ctx.saved_tensors
         if ctx.silu:
             grad = torch.ops.aten.silu_backward(grad, _filtered(before, x, weight, bias, numbers))
-        if _by_onednn(x, numbers):
-            return (*_onednn_backward(before, x, weight, grad, ctx.needs_input_grad), None, None)
-        wants_input, wants_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
-        grad_before, grad_x = torch.zeros_like(before), grad * weight[:, -1]
+        wants_before, wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:4]
+        by_onednn = _by_onednn(x, numbers)
+        grad_before = torch.zeros_like(before) if wants_before else None
+        grad_x = None
+        if wants_x:  # the gradient of a convolution is one with the kernel turned round
+            history = weight.shape[1] - 1
+            grad_x = _convolved(grad, weight.flip(1), None)[:, history:] if by_onednn else grad * weight[:, -1]
         product = grad * x if wants_weight else None  # one buffer for the weight's gradient, tap after tap
         columns = [] if product is None else [product.sum((0, 1))]
         for w in reversed(range(weight.shape[1] - 1)):
             for rows, source, span in _reads(before, x, w):
                 arriving = _same_segment(grad[:, rows], numbers, before.shape[1], rows, w)
-                if wants_input:
-                    target = grad_x if source is x else grad_before
+                target = grad_x if source is x else grad_before
+                if target is not None and not (by_onednn and source is x):
                     target[:, span].addcmul_(arriving, weight[:, w])
                 if product is not None:
                     torch.mul(arriving, source[:, span], out=product[:, rows])
             if product is not None:
                 columns.insert(0, product.sum((0, 1)))
         grad_weight = torch.stack(columns, dim=1) if columns else None
-        grad_bias = grad.sum((0, 1)) if ctx.needs_input_grad[3] else None
+        grad_bias = grad.sum((0, 1)) if wants_bias else None
         return grad_before, grad_x, grad_weight, grad_bias, None, None
 
 
@@ -152,41 +155,18 @@ def _filtered(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, nu
     """(B, W-1, D) and (B, T, D) -> (B, T, D), the convolution without what follows it."""
     if not _by_onednn(x, numbers):
         return _shifted_sum(before, x, weight, bias, numbers)
-    y: Tensor = torch.convolution(_image(before, x), weight[:, None, None], bias, *_GEOMETRY, x.shape[2])
-    return _sequence(y)
+    y = _convolved(x, weight, bias)[:, : x.shape[1]]
+    for w in range(weight.shape[1] - 1):  # the library saw zeros where the state stands
+        rows, source, span = next(_reads(before, x, w))
+        y[:, rows].addcmul_(source[:, span], weight[:, w])
+    return y
 
 
-def _onednn_backward(
-    before: Tensor, x: Tensor, weight: Tensor, grad: Tensor, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of before, x, weight and bias; that of a depthwise kernel is faster by products than by oneDNN."""
-    grad_before = grad_x = grad_weight = None
-    image = _image(before, x)
-    if needed[0] or needed[1]:
-        output, kernel = grad.transpose(1, 2).unsqueeze(2), weight[:, None, None]
-        arrived = torch.ops.aten.convolution_backward(
-            output, image, kernel, None, *_GEOMETRY, x.shape[2], [True, False, False]
-        )[0]
-        grad_before, grad_x = _sequence(arrived).split([before.shape[1], x.shape[1]], dim=1)
-    if needed[2]:
-        read, product = _sequence(image), torch.empty_like(grad)
-        taps = (torch.mul(grad, read[:, w : w + x.shape[1]], out=product) for w in range(weight.shape[1]))
-        grad_weight = torch.stack([tap.sum((0, 1)) for tap in taps], dim=1)
-    return grad_before, grad_x, grad_weight, grad.sum((0, 1)) if needed[3] else None
-
-
-_GEOMETRY = ([1, 1], [0, 0], [1, 1], False, [0, 0])
-"""Of a convolution: stride, padding, dilation, not transposed, output padding."""
-
-
-def _image(before: Tensor, x: Tensor) -> Tensor:
-    """(B, D, 1, W-1+T) in which the channels lie side by side, as oneDNN likes images."""
-    return torch.cat([before, x], dim=1).transpose(1, 2).unsqueeze(2)
-
-
-def _sequence(image: Tensor) -> Tensor:
-    """(B, D, 1, T) -> (B, T, D), the same memory."""
-    return image.squeeze(2).transpose(1, 2)
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, T, D) between W-1 zeros on both sides -> (B, T+W-1, D), a view of channels that lie side by side."""
+    image, padding = x.transpose(1, 2).unsqueeze(2), [0, weight.shape[1] - 1]
+    y = torch.convolution(image, weight[:, None, None], bias, [1, 1], padding, [1, 1], False, [0, 0], x.shape[2])
+    return y.squeeze(2).transpose(1, 2)
 
 
 def _shifted_sum(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from synapse_arch.errors import StateError, explain
 from synapse_arch.ops._backends import compute_dtype, no_autocast, resolve, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
-from synapse_arch.ops._chunking import Reach, carry, chunk_heads, decay_gaps, reach, unchunk_heads
+from synapse_arch.ops._chunking import Reach, carry, chunk_heads, decay_gaps, gated_scores, reach, unchunk_heads
 from synapse_arch.ops._packing import segment_index
 
 
@@ -162,13 +162,13 @@ def _chunked(
     m = torch.maximum(fresh.detach(), largest)
     m_out = m[..., -1]
 
-    scores = (q @ k.transpose(-1, -2)) * (gates - m[..., None]).exp()
-    update = (k * (gates[..., -1, :] - m_out[..., None]).exp()[..., None]).transpose(-1, -2) @ v1
+    read, to_end = gated_scores(q, k, v1, gates - m[..., None])
+    update = (k * to_end[..., None]).transpose(-1, -2) @ v1
     decay = (from_start[..., -1] - m_out).exp()
     memory = torch.cat([state.C, state.n[..., None]], dim=-1)
     memory = memory * (state.m - state.m.detach()).exp()[..., None, None]  # 1, but it lets state.m's gradient in
     before, final = carry(decay, update, memory)
-    read = scores @ v1 + (q * (from_start - m).exp()[..., None]) @ before
+    read = read + (q * (from_start - m).exp()[..., None]) @ before
     h = _normalised(read[..., :-1], read[..., -1], m)
     final = final * (m_out[..., -1] - m_final).exp()[..., None, None]
     # copies: views of one tensor could not be saved, and would keep each other alive

@@ -14,7 +14,7 @@ from torch import Tensor
 from synapse_arch.errors import ShapeError, explain
 from synapse_arch.ops._backends import compute_dtype, no_autocast, resolve
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
-from synapse_arch.ops._chunking import carry, chunk_heads, decay_gaps, reach, unchunk_heads
+from synapse_arch.ops._chunking import carry, chunk_heads, decay_gaps, gated_scores, reach, unchunk_heads
 from synapse_arch.ops._packing import segment_index
 
 
@@ -110,26 +110,21 @@ def _chunked(
     The heads of a group share B and C, so they stand side by side in the products with them: (c, N) with
     (N, R P), R = H / G heads.
     """
-    length, heads, width = x.shape[1:]
+    length, _, width = x.shape[1:]
     groups = B.shape[2]
     visible = reach(segments, size, length, x.device)
-    rates, steps = chunk_heads(log_decay, size), chunk_heads(dt, size)  # (B, H, n, c)
+    rates = chunk_heads(log_decay, size)  # (B, H, n, c)
     Bs, Cs = chunk_heads(B, size), chunk_heads(C, size)  # (B, G, n, c, N)
-    xs = chunk_heads(x, size)  # (B, H, n, c, P)
+    writes = chunk_heads(x * dt[..., None], size)  # (B, H, n, c, P)
 
-    decays = decay_gaps(rates).exp()
-    scores = (Cs @ Bs.transpose(-1, -2)).masked_fill(~visible.pairs, 0.0)
-    within = (scores[:, :, None] * decays.unflatten(1, (groups, heads // groups))).flatten(1, 2) * steps[..., None, :]
-
+    y, to_end = gated_scores(Cs, Bs, writes, decay_gaps(rates), visible.pairs)
     from_start = rates.cumsum(-1).exp()
-    to_end = decays[..., -1, :] * steps
     if visible.carried is not None:
         from_start = from_start * visible.carried
         to_end = to_end * visible.pairs[..., -1, :]
-    weighted = rearrange(xs * to_end[..., None], "b (g r) n c p -> b g n (r p) c", g=groups)
+    weighted = rearrange(writes * to_end[..., None], "b (g r) n c p -> b g n (r p) c", g=groups)
     update = rearrange(weighted @ Bs, "b g n (r p) m -> b (g r) n p m", p=width)
     entering, final = carry(from_start[..., -1], update, state)
     carried = Cs @ rearrange(entering, "b (g r) n p m -> b g n m (r p)", g=groups)
     carried = rearrange(carried, "b g n c (r p) -> b (g r) n c p", p=width)
-    y = torch.addcmul(within @ xs, carried, from_start[..., None])
-    return unchunk_heads(y, length), final
+    return unchunk_heads(torch.addcmul(y, carried, from_start[..., None]), length), final

@@ -85,19 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     functions.quiet()
     place, sizes = environment(), QUICK if options.quick else Sizes()
     wanted = [name for name in MEASUREMENTS if not options.only or name in options.only]
-    figures: list[Figure] = []
-    for index, name in enumerate(wanted):
-        print(f"[{index + 1}/{len(wanted)}] {name} ...", file=sys.stderr)
-        figures += MEASUREMENTS[name](sizes)
-    if options.quick:
-        figures = [figure if figure.exact else replace(figure, goal=None) for figure in figures]
-    print(f"{place['cpu']}, {place['threads']} threads, torch {place['torch']}, {place['dtype']}")
-    print(table(figures))
     path = options.out
     if path is None and not (options.quick or options.only):
         path = ROOT / "benchmarks" / "results" / f"peers-{machine_slug(place)}.json"
-    if path is not None:
-        write_report(path, place, figures)
+    figures: list[Figure] = []
+    for index, name in enumerate(wanted):
+        print(f"[{index + 1}/{len(wanted)}] {name} ...", file=sys.stderr)
+        found = MEASUREMENTS[name](sizes)
+        figures += [f if f.exact or not options.quick else replace(f, goal=None) for f in found]
+        if path is not None:  # after every part: an hour's work is not lost with its last minute
+            write_report(path, place, figures)
+    print(f"{place['cpu']}, {place['threads']} threads, torch {place['torch']}, {place['dtype']}")
+    print(table(figures))
     return int(any(figure.met is False for figure in figures))
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import multiprocessing
+import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ from synapse_arch.ops import delta_rule, mlstm, selective_scan, ssd
 AGREE = 1e-4
 """Largest relative difference of outputs and gradients in float32, ours from theirs."""
 PEER_GOAL, LOOP_GOAL = 1.5, 20.0
+PATIENCE = 2.0
+"""Seconds a call of a peer may take to be called with longer texts as well; one of them is quadratic in T."""
 
 Run = Callable[[Tensors], Tensor]
 
@@ -88,11 +91,15 @@ def measure(shapes: Sequence[tuple[int, int]], rounds: int, *, looped: int, peak
         )
         if worst > AGREE:
             continue
-        for batch, length in shapes:
+        for batch, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
             few = rounds if length < 4096 else max(3, rounds // 3)
-            figures += [_against_peers(name, function, batch, length, backward, few) for backward in (False, True)]
+            timed = [_against_peers(name, function, batch, length, backward, few) for backward in (False, True)]
+            figures += timed
+            function = _without_slow(function, timed)
+            if not function.peers:
+                break
             if peaks:
-                figures.append(_peaks(name, batch, length))
+                figures.append(_peaks(name, list(function.peers), batch, length))
         figures += [_against_loop(name, function, looped, backward, rounds) for backward in (False, True)]
     return figures
 
@@ -150,6 +157,14 @@ def _against_peers(name: str, function: Function, batch: int, length: int, backw
     )  # fmt: skip
 
 
+def _without_slow(function: Function, timed: Sequence[Figure]) -> Function:
+    """The peers that took no longer than PATIENCE."""
+    slowest = {
+        peer: max(statistics.median(figure.details["seconds"][peer]) for figure in timed) for peer in function.peers
+    }
+    return replace(function, peers={peer: run for peer, run in function.peers.items() if slowest[peer] <= PATIENCE})
+
+
 def _against_loop(name: str, function: Function, length: int, backward: bool, rounds: int) -> Figure:
     torch.manual_seed(0)
     inputs = function.draw(1, length)
@@ -161,11 +176,11 @@ def _against_loop(name: str, function: Function, length: int, backward: bool, ro
     return Figure(what=what, values=ratios, unit="ratio", goal=LOOP_GOAL, better="more", details={"seconds": times})
 
 
-def _peaks(name: str, batch: int, length: int) -> Figure:
+def _peaks(name: str, peers: Sequence[str], batch: int, length: int) -> Figure:
     """Memory that a forward and backward pass adds to a fresh process, ours over the least peer's."""
     context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
     found = {}
-    for form in ("ours", *functions()[name].peers):
+    for form in ("ours", *peers):
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             found[form] = pool.submit(_added, name, form, batch, length, threads).result()
     least = min(size for form, size in found.items() if form != "ours")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from benchmarks.measure import Figure
 from benchmarks.peers import __main__ as program
 from benchmarks.peers import functions, language, models, parts
 from synapse_arch import SynapseConfig
@@ -98,3 +99,11 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_import_is_timed_in_a_fresh_interpreter() -> None:
     (figure,) = parts.start(1)
     assert 0 < figure.median < 30
+
+
+def test_a_peer_that_takes_too_long_is_not_called_with_longer_texts() -> None:
+    function = functions.functions()["mlstm"]
+    quick, slow = function.peers
+    times = {quick: [0.1, 99.0, 0.1], slow: [functions.PATIENCE + 1.0] * 3, "ours": [0.1] * 3}
+    figure = Figure(what="mlstm", values=(1.0,), unit="ratio", goal=None, details={"seconds": times})
+    assert list(functions._without_slow(function, [figure]).peers) == [quick]

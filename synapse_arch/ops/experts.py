@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import ShapeError, explain
-from synapse_arch.ops._backends import autocast_enabled, fall_back, resolve
+from synapse_arch.ops._backends import autocast_enabled, fall_back, is_step, resolve
 from synapse_arch.ops._checks import Sizes, check_float, check_shape
 from synapse_arch.ops._opaque import opaque
 
@@ -72,6 +72,8 @@ def expert_swiglu(
         return _reference(x, w_in, w_out, indices, weights)
     if chosen == "rowwise":
         return _rowwise(x, w_in, w_out, indices, weights)
+    if chosen == "sorted" and is_step(sizes["n"]) and not torch.compiler.is_compiling():
+        return _step(x, w_in, w_out, indices, weights)
     order, counts = sort_by_expert(indices, sizes["E"])
     share = weights.reshape(-1)[order].to(x.dtype)
     if chosen == "grouped":
@@ -127,6 +129,16 @@ def _rowwise(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: T
     picked = rows[chosen, torch.arange(x.shape[0], device=x.device)[:, None]]  # (n, k, D)
     share = torch.where(visited, weights, 0.0).to(x.dtype)
     return torch.where(visited[..., None], picked * share[..., None], 0.0).sum(1)
+
+
+def _step(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """One token: there is nothing to sort, each of its experts is one pair of products."""
+    y = torch.zeros_like(x)
+    for slot, e in enumerate(indices[0].tolist()):
+        if e >= 0:
+            gate, up = torch.mm(x, w_in[e]).chunk(2, dim=-1)
+            y.addcmul_(torch.mm(F.silu(gate).mul_(up), w_out[e]), weights[:, slot, None].to(x.dtype))
+    return y
 
 
 def sort_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def causal_conv1d(
         y, numbers = _depthwise(before, x.to(dtype), taps, segment_index(segment_ids, None))
         after = torch.cat([before, x[:, -history:].to(dtype)], dim=1)[:, -history:]
         if numbers is None:
-            after = after.clone()
+            after = _packed(after)
         else:
             after = torch.where((numbers[:, -history:] == numbers[:, -1:])[..., None], after, 0.0)
     return y.to(x.dtype), after
@@ -96,7 +96,7 @@ def _step(x: Tensor, taps: _Taps, before: Tensor, mask: Tensor | None) -> tuple[
     y = (read * taps.weight.T).sum(1, keepdim=True)
     if taps.bias is not None:
         y += taps.bias
-    after = read[:, 1:].clone() if mask is None else torch.where(mask[..., None], read[:, 1:], before)
+    after = _packed(read[:, 1:]) if mask is None else torch.where(mask[..., None], read[:, 1:], before)
     return F.silu(y, inplace=True) if taps.silu else y, after
 
 
@@ -230,6 +230,11 @@ def _same_segment(z: Tensor, numbers: Tensor | None, history: int, rows: slice, 
         return z
     own = numbers[:, history + rows.start : history + rows.stop]
     return torch.where((numbers[:, rows.start + w : rows.stop + w] == own)[..., None], z, 0.0)
+
+
+def _packed(state: Tensor) -> Tensor:
+    """A copy with the strides of a fresh state: what is compiled for one serves the others."""
+    return state.clone(memory_format=torch.contiguous_format)
 
 
 def _masked(x: Tensor, taps: _Taps, state: Tensor, segment_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:

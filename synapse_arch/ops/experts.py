@@ -72,8 +72,9 @@ def expert_swiglu(
         return _reference(x, w_in, w_out, indices, weights)
     if chosen == "rowwise":
         return _rowwise(x, w_in, w_out, indices, weights)
-    if chosen == "sorted" and is_step(sizes["n"]) and not torch.compiler.is_compiling():
-        return _step(x, w_in, w_out, indices, weights)
+    if chosen == "sorted" and is_step(sizes["n"]):
+        step = _step_operator if torch.compiler.is_compiling() else _step
+        return step(x, w_in, w_out, indices, weights)
     order, counts = sort_by_expert(indices, sizes["E"])
     share = weights.reshape(-1)[order].to(x.dtype)
     if chosen == "grouped":
@@ -247,3 +248,10 @@ _sorted = opaque(
     keep=("x", "w_in", "w_out", "order", "share", "counts", "hidden"),
     fake=lambda x, w_in, w_out, order, *_: (torch.empty_like(x), x.new_empty(order.shape[0], w_in.shape[2])),
 )
+
+
+_step_operator = torch.library.custom_op(
+    "synapse_arch::expert_step", _step, mutates_args=(),
+    schema="(Tensor x, Tensor w_in, Tensor w_out, Tensor indices, Tensor weights) -> Tensor",
+)  # fmt: skip
+_step_operator.register_fake(lambda x, *_: torch.empty_like(x))

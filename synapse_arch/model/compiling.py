@@ -39,9 +39,12 @@ def compiled_step(backend: str = "inductor") -> Step:
     Args:
         backend: of torch.compile; "eager" traces without translating.
     """
-    return torch.compile(_step, fullgraph=True, dynamic=False, backend=backend)
+    return torch.compile(eager_step, fullgraph=True, dynamic=False, backend=backend)
 
 
-def _step(model: SynapseModel, ids: Tensor, state: SynapseState, mask: Tensor | None) -> tuple[Tensor, SynapseState]:
+def eager_step(
+    model: SynapseModel, ids: Tensor, state: SynapseState, mask: Tensor | None
+) -> tuple[Tensor, SynapseState]:
+    """What is compiled."""
     out = model(ids, state, mask=mask)
     return out.logits, out.state

@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from synapse_arch import SynapseModel
-from synapse_arch.errors import ConfigError, explain
+from synapse_arch.model.compiling import require_compiler
 
 
 def compile_layers(model: SynapseModel) -> None:
@@ -19,15 +19,7 @@ def compile_layers(model: SynapseModel) -> None:
     Raises:
         ConfigError: the device is a CPU and there is no C++ compiler.
     """
-    if model.embedding.weight.device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler as error:
-            remedy = "install one, such as g++, or leave --compile away"
-            raise ConfigError(explain("compile", "a C++ compiler", "none", remedy)) from error
+    require_compiler(model.embedding.weight.device)
     for layer in model.layers:
         layer.compile()
 

@@ -37,13 +37,14 @@ class Sizes:
     read: tuple[int, ...] = (64, 4096, 65536)
     peers_read: tuple[int, ...] = (64, 4096)
     steps: int = 100
+    compiled: bool = True
     cases: tuple[tuple[int, int, int], ...] = parts.CASES
 
 
 QUICK = Sizes(
     small=SynapseConfig(vocab_size=256, d_model=128, n_layers=1), large=SynapseConfig(vocab_size=512, n_layers=1),
     shapes=((1, 128),), looped=32, peaks=False, rounds=3, lengths=(64,), prefill=(128, 256), batches=(1,),
-    read=(16, 64), peers_read=(16,), steps=5, cases=((8, 2, 128),),
+    read=(16, 64), peers_read=(16,), steps=5, compiled=False, cases=((8, 2, 128),),
 )  # fmt: skip
 
 
@@ -62,7 +63,12 @@ MEASUREMENTS: dict[str, Callable[[Sizes], list[Figure]]] = {
     "training": _training,
     "prefill": lambda s: language.prefill(s.small, lengths=s.prefill, rounds=s.rounds),
     "decoding": lambda s: language.decoding(
-        s.small, batches=s.batches, lengths=s.read, peer_lengths=s.peers_read, steps=s.steps
+        s.small,
+        batches=s.batches,
+        lengths=s.read,
+        peer_lengths=s.peers_read,
+        steps=s.steps,
+        compiled=s.compiled,
     ),
     "dispatch": lambda s: parts.dispatch(s.cases, s.rounds),
     "memory": lambda s: (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from benchmarks.peers.limits import bandwidth, matrix_rate
 from recipes.malloc import keep_freed_memory
 from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.model.accounting import active_parameters
+from synapse_arch.model.compiling import Step, compiled_step, eager_step
 
 WINDOW = 2048
 """Tokens a call while a long prompt is read."""
@@ -110,43 +112,55 @@ def prefill(config: SynapseConfig, *, lengths: Sequence[int], rounds: int) -> li
 
 
 def decoding(
-    config: SynapseConfig, *, batches: Sequence[int], lengths: Sequence[int], peer_lengths: Sequence[int], steps: int
+    config: SynapseConfig,
+    *,
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    peer_lengths: Sequence[int],
+    steps: int,
+    compiled: bool,
 ) -> list[Figure]:
-    """A step of one token: share of the reading limit, speed over the peers', growth with what was read."""
+    """A step of one token: share of the reading limit, speed over the peers', growth with what was read.
+
+    With `compiled` all of it again for the step that torch.compile makes; the peers run as they are.
+    """
+    kinds = {"decoding": eager_step} | ({"decoding compiled": compiled_step()} if compiled else {})
     figures = []
-    for batch in batches:
+    for batch, (kind, step) in itertools.product(batches, kinds.items()):
         torch.manual_seed(0)
         model = SynapseModel(config).eval()
         ids = torch.randint(config.vocab_size, (batch, max(lengths)))
-        ours = {length: _our_decoder(model, ids[:, :length]) for length in lengths}
+        ours = {length: _our_decoder(model, ids[:, :length], step) for length in lengths}
         limit = _read_bytes(model, batch) / bandwidth()
-        times = interleaved({str(length): step for length, step in ours.items()}, steps, f"decoding, B {batch}")
+        times = interleaved({str(length): step for length, step in ours.items()}, steps, f"{kind}, B {batch}")
         first, *rest = lengths
-        what = f"decoding, B {batch}: time to read every active weight once over a step's, after {first:,} tokens"
+        what = f"{kind}, B {batch}: time to read every active weight once over a step's, after {first:,} tokens"
         values = tuple(limit / value for value in times[str(first)])
         figures.append(Figure(what=what, values=values, unit="share", goal=0.6, better="more"))
         for length in rest:
             ratio = _over(times[str(length)], times[str(first)])
-            what = f"decoding, B {batch}: time a step after {length:,} tokens over after {first:,}"
+            what = f"{kind}, B {batch}: time a step after {length:,} tokens over after {first:,}"
             figures.append(Figure(what=what, values=ratio, unit="ratio", goal=1.1))
         for length in peer_lengths:
-            figures += _against(config, model, ids[:, :length], steps)
+            figures += _against(config, model, ids[:, :length], steps, kind, step)
     return figures
 
 
-def _against(config: SynapseConfig, model: SynapseModel, ids: Tensor, steps: int) -> list[Figure]:
+def _against(
+    config: SynapseConfig, model: SynapseModel, ids: Tensor, steps: int, kind: str, step: Step
+) -> list[Figure]:
     """Our step against the attention models', all after the same tokens."""
-    jobs: dict[str, Callable[[], object]] = {"ours": _our_decoder(model, ids)}
+    jobs: dict[str, Callable[[], object]] = {"ours": _our_decoder(model, ids, step)}
     for name in ("llama", "mixtral"):
         jobs[name] = models.decoder(models.PEERS[name](config).eval(), ids)
     batch, length = ids.shape
-    times = interleaved(jobs, steps, f"decoding after {length:,}")
+    times = interleaved(jobs, steps, f"{kind} after {length:,}")
     gc.collect()
     return [
         Figure(
-            what=f"decoding, B {batch}, after {length:,} tokens: {name}'s time a step over ours",
+            what=f"{kind}, B {batch}, after {length:,} tokens: {name}'s time a step over ours",
             values=_over(times[name], times["ours"]), unit="ratio", goal=DECODE_GOALS.get(length), better="more",
-            details={"seconds": {kind: statistics.median(found) for kind, found in times.items()}},
+            details={"seconds": {model: statistics.median(found) for model, found in times.items()}},
         )
         for name in ("llama", "mixtral")
     ]  # fmt: skip
@@ -166,18 +180,19 @@ def _our_step(config: SynapseConfig, ids: Tensor) -> Callable[[], None]:
     return step
 
 
-def _our_decoder(model: SynapseModel, ids: Tensor) -> Callable[[], None]:
+def _our_decoder(model: SynapseModel, ids: Tensor, step: Step) -> Callable[[], None]:
     with torch.inference_mode():
-        state = None
+        state = model.init_state(ids.shape[0])
         for piece in ids.split(WINDOW, dim=1):
             state = model(piece, state, logits_to_keep=1).state
 
-    def step() -> None:
+    def read_one() -> None:
         nonlocal state
         with torch.inference_mode():
-            state = model(ids[:, :1], state).state
+            _, state = step(model, ids[:, :1], state, None)
 
-    return step
+    read_one()  # what is set up once
+    return read_one
 
 
 def _read_bytes(model: SynapseModel, batch: int) -> int:

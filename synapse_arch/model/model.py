@@ -25,7 +25,7 @@ from synapse_arch.model.loss import IGNORED, next_token_nats
 from synapse_arch.model.state import SynapseState
 from synapse_arch.modules import Routing
 from synapse_arch.modules.common import RMSNorm, wide
-from synapse_arch.modules.thalamus import expert_load, load_balance_loss, router_z_loss
+from synapse_arch.modules.thalamus import expert_loads, load_balance_loss, router_z_loss
 
 WINDOW = 2048
 """Tokens read at a time where no gradient is wanted."""
@@ -316,8 +316,8 @@ class SynapseModel(nn.Module):
         return losses
 
     def _load(self, routings: list[Routing | None]) -> Tensor | None:
-        counts = [expert_load(routing.indices, self.config.n_experts) for routing in routings if routing is not None]
-        return torch.stack(counts) if counts else None
+        found = [routing.indices for routing in routings if routing is not None]
+        return expert_loads(torch.stack(found), self.config.n_experts) if found else None
 
     def _check(self, ids: Tensor, state: SynapseState | None, targets: Tensor | None, logits_to_keep: int) -> None:
         if not isinstance(ids, Tensor) or ids.dim() != 2 or 0 in ids.shape:

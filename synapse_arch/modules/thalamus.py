@@ -263,6 +263,9 @@ class Thalamus(nn.Module):
     ) -> Tensor:
         """Coactivation ← λ · coactivation + (1 − λ) a aᵀ a token, for all tokens at once."""
         decay, experts = self.config.hebbian_decay, self.n_experts
+        if indices.shape[1] == 1 and mask is None:
+            fired = torch.zeros_like(coactivation[:, :1]).scatter_(-1, indices, 1.0)
+            return torch.baddbmm(coactivation, fired.transpose(1, 2), fired, beta=decay, alpha=1 - decay)
         fired = coactivation.new_zeros(*indices.shape[:2], experts + 1)
         fired = fired.scatter(-1, indices.remainder(experts + 1), 1.0)[..., :experts]  # -1 fires the spare column
         real = torch.ones_like(indices[..., 0]) if mask is None else mask.long()
@@ -325,9 +328,14 @@ def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
 def expert_load(indices: Tensor, n_experts: int) -> Tensor:
     """(E,) int64: how many assignments each expert received; -1 counts nowhere."""
-    spare = indices.flatten().remainder(n_experts + 1)
-    counts = torch.zeros(n_experts + 1, dtype=torch.long, device=indices.device)
-    return counts.scatter_add(0, spare, torch.ones_like(spare))[:n_experts]
+    return expert_loads(indices[None], n_experts)[0]
+
+
+def expert_loads(indices: Tensor, n_experts: int) -> Tensor:
+    """(L, E) int64: the same of L layers, from their indices (L, ...)."""
+    spare = indices.flatten(1).remainder(n_experts + 1)
+    counts = torch.zeros(len(indices), n_experts + 1, dtype=torch.long, device=indices.device)
+    return counts.scatter_add_(1, spare, torch.ones_like(spare))[:, :n_experts]
 
 
 def _token_mean(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -89,6 +89,11 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+def is_step(length: int) -> bool:
+    """Whether a call is a step of decoding, one position and no gradient: each op has a form of its own for it."""
+    return length == 1 and not torch.is_grad_enabled()
+
+
 def widen(dtype: torch.dtype, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in `dtype`."""
     return [x.to(dtype) for x in tensors]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import ConfigError, ShapeError, explain
-from synapse_arch.ops._backends import compute_dtype
+from synapse_arch.ops._backends import compute_dtype, is_step
 from synapse_arch.ops._checks import Sizes, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._opaque import opaque
 from synapse_arch.ops._packing import compaction, segment_index
@@ -66,13 +66,15 @@ def causal_conv1d(
     if activation not in (None, "silu"):
         raise ConfigError(explain("activation", "None or 'silu'", repr(activation)))
     taps = _Taps(weight.to(dtype), None if bias is None else bias.to(dtype), activation == "silu")
-    if mask is not None:
+    if is_step(sizes["T"]):
+        y, after = _step(x.to(dtype), taps, before, mask)
+    elif mask is not None:
         y, after = _masked(x.to(dtype), taps, before, segment_ids, mask)
     else:
         y, numbers = _depthwise(before, x.to(dtype), taps, segment_index(segment_ids, None))
         after = torch.cat([before, x[:, -history:].to(dtype)], dim=1)[:, -history:]
         if numbers is None:
-            after = after.clone()
+            after = _packed(after)
         else:
             after = torch.where((numbers[:, -history:] == numbers[:, -1:])[..., None], after, 0.0)
     return y.to(x.dtype), after
@@ -84,6 +86,18 @@ class _Taps(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     silu: bool
+
+
+def _step(x: Tensor, taps: _Taps, before: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One position: the kernel over the state and it, and both moved on by one; a masked one moves nothing."""
+    if mask is not None:
+        x = torch.where(mask[..., None], x, 0.0)
+    read = torch.cat([before, x], dim=1)  # (B, W, D)
+    y = (read * taps.weight.T).sum(1, keepdim=True)
+    if taps.bias is not None:
+        y += taps.bias
+    after = _packed(read[:, 1:]) if mask is None else torch.where(mask[..., None], read[:, 1:], before)
+    return F.silu(y, inplace=True) if taps.silu else y, after
 
 
 def _depthwise(before: Tensor, x: Tensor, taps: _Taps, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -196,6 +210,11 @@ def _same_segment(z: Tensor, numbers: Tensor | None, history: int, rows: slice, 
         return z
     own = numbers[:, history + rows.start : history + rows.stop]
     return torch.where((numbers[:, rows.start + w : rows.stop + w] == own)[..., None], z, 0.0)
+
+
+def _packed(state: Tensor) -> Tensor:
+    """A copy with the strides of a fresh state: what is compiled for one serves the others."""
+    return state.clone(memory_format=torch.contiguous_format)
 
 
 def _masked(x: Tensor, taps: _Taps, state: Tensor, segment_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:

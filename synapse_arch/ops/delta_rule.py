@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import ConfigError, explain
-from synapse_arch.ops._backends import compute_dtype, no_autocast, resolve, widen
+from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, resolve, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import carry, chunk_heads, decay_gaps, reach, unchunk_heads
 from synapse_arch.ops._opaque import opaque
@@ -84,7 +84,9 @@ def delta_rule(
     chosen = resolve("delta_rule", backend)
     with no_autocast(v):
         inputs = _prepare(q, k, v, beta, write, log_decay, state, segment_index(segment_ids, mask), mask)
-        if chosen == "reference" or sizes["T"] == 1:
+        if is_step(sizes["T"]) and chosen != "reference":
+            o, final = _step(inputs, rule)
+        elif chosen == "reference" or sizes["T"] == 1:
             o, final = _reference(inputs, rule)
         else:
             o, final = _chunked(inputs, rule, min(max(chunk_size // sizes.get("M", 1), 1), sizes["T"]))
@@ -156,6 +158,19 @@ def _reference(z: _Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
                 state = state + k[..., None] * (z.write[:, s] * target - beta * held)[..., None, :]
         outputs.append((z.q[:, t, ..., None] * state).sum(-2))
     return torch.stack(outputs, dim=1), state
+
+
+def _step(z: _Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
+    """One position: each write is one product with what its key holds, and one pass over the memory."""
+    state = z.state * z.log_decay[:, 0].exp()[..., None, None]
+    keys, beta = z.k[:, :, :, None], z.beta[..., None, None]  # (B, M, H, 1, K), (B, M, H, 1, 1)
+    strength = beta if z.write is None else z.write[..., None, :]
+    for s in range(z.steps):
+        written = strength[:, s] * z.v[:, s, :, None]
+        if rule == "delta":
+            written = written - beta[:, s] * (keys[:, s] @ state)
+        state.addcmul_(keys[:, s].transpose(-1, -2), written)  # its own since it decayed
+    return (z.q[:, 0, :, None] @ state).transpose(1, 2), state
 
 
 def _chunked(z: _Inputs, rule: Rule, size: int) -> tuple[Tensor, Tensor]:

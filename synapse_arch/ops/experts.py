@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import ShapeError, explain
-from synapse_arch.ops._backends import autocast_enabled, fall_back, resolve
+from synapse_arch.ops._backends import autocast_enabled, fall_back, is_step, resolve
 from synapse_arch.ops._checks import Sizes, check_float, check_shape
 from synapse_arch.ops._opaque import opaque
 
@@ -71,6 +71,9 @@ def expert_swiglu(
         return _reference(x, w_in, w_out, indices, weights)
     if chosen == "rowwise":
         return _rowwise(x, w_in, w_out, indices, weights)
+    if chosen == "sorted" and is_step(sizes["n"]):
+        step = _step_operator if torch.compiler.is_compiling() else _step
+        return step(x, w_in, w_out, indices, weights)
     order, counts = sort_by_expert(indices, sizes["E"])
     weights = torch.where(indices >= 0, weights, 0.0).to(x.dtype)
     if chosen == "grouped":
@@ -126,6 +129,16 @@ def _rowwise(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: T
     picked = rows[chosen, torch.arange(x.shape[0], device=x.device)[:, None]]  # (n, k, D)
     share = torch.where(visited, weights, 0.0).to(x.dtype)
     return torch.where(visited[..., None], picked * share[..., None], 0.0).sum(1)
+
+
+def _step(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """One token: there is nothing to sort, each of its experts is one pair of products."""
+    y = torch.zeros_like(x)
+    for slot, e in enumerate(indices[0].tolist()):
+        if e >= 0:
+            gate, up = torch.mm(x, w_in[e]).chunk(2, dim=-1)
+            y.addcmul_(torch.mm(F.silu(gate).mul_(up), w_out[e]), weights[:, slot, None].to(x.dtype))
+    return y
 
 
 def sort_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -281,3 +294,10 @@ _sorted = opaque(
         x.new_empty(_most_rows(x, order.shape[0], w_in.shape[0]), w_in.shape[2]),
     ),
 )
+
+
+_step_operator = torch.library.custom_op(
+    "synapse_arch::expert_step", _step, mutates_args=(),
+    schema="(Tensor x, Tensor w_in, Tensor w_out, Tensor indices, Tensor weights) -> Tensor",
+)  # fmt: skip
+_step_operator.register_fake(lambda x, *_: torch.empty_like(x))

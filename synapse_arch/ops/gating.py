@@ -23,6 +23,8 @@ def gate(x: Tensor, logits: Tensor, activation: Literal["sigmoid", "silu"]) -> T
     Returns:
         The product, in the wider of both dtypes.
     """
+    if not torch.is_grad_enabled():
+        return x * (F.silu(logits) if activation == "silu" else torch.sigmoid(logits))
     return _Gate.apply(x, logits, activation == "silu")  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -57,6 +59,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Returns:
         x's shape, in the wider of both dtypes.
     """
+    if not torch.is_grad_enabled() and (weight is None or weight.dtype == x.dtype):
+        y = F.rms_norm(x, x.shape[-1:], None, eps)
+        return y if weight is None else y.mul_(weight)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import StateError, explain
-from synapse_arch.ops._backends import compute_dtype, no_autocast, resolve, widen
+from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, resolve, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import Reach, carry, chunk_heads, decay_gaps, gated_scores, reach, unchunk_heads
 from synapse_arch.ops._packing import segment_index
@@ -94,7 +94,9 @@ def mlstm(
             state = fresh_state(sizes["B"], sizes["H"], sizes["K"], sizes["V"], like=vs)
         state = MLSTMState(*widen(dtype, state))
         segments = segment_index(segment_ids, mask)
-        if chosen == "reference" or sizes["T"] == 1:
+        if is_step(sizes["T"]) and chosen != "reference":
+            h, final = _step(qs, ks, vs, log_i, log_f, state)
+        elif chosen == "reference" or sizes["T"] == 1:
             h, final = _reference(qs, ks, vs, log_i, log_f, state, segments)
         else:
             h, final = _chunked(qs, ks, vs, log_i, log_f, state, segments, min(chunk_size, sizes["T"]))
@@ -130,6 +132,20 @@ def _reference(
         read = (C * q[:, t, ..., None]).sum(-2)
         outputs.append(_normalised(read, weight, m))
     return torch.stack(outputs, dim=1), MLSTMState(C, n, m)
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState
+) -> tuple[Tensor, MLSTMState]:
+    """One position: the memory decays and is written in one pass, and read by one product."""
+    before, log_i = log_f[:, 0] + state.m, log_i[:, 0]
+    m = torch.maximum(before, log_i)
+    forget = (before - m).exp()[..., None]  # (B, H, 1)
+    write = (log_i - m).exp()[..., None] * k[:, 0]  # (B, H, K)
+    C = (state.C * forget[..., None]).addcmul_(write[..., None], v[:, 0, :, None])
+    n = torch.addcmul(write, state.n, forget)
+    read = (q[:, 0, :, None] @ C).squeeze(2)
+    return _normalised(read, torch.linalg.vecdot(n, q[:, 0]), m)[:, None], MLSTMState(C, n, m)
 
 
 def _chunked(

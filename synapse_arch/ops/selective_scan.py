@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synapse_arch.ops._backends import compute_dtype, no_autocast, resolve
+from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, resolve
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._opaque import opaque
 from synapse_arch.ops._packing import segment_index
@@ -76,7 +76,9 @@ def selective_scan(
         segments = segment_index(segment_ids, mask)
         fresh = None if segments is None else segments != F.pad(segments[:, :-1], (1, 0))
         args = (steps * wide, steps, A.to(dtype), B.to(dtype), C.to(dtype), state, fresh)
-        if chosen == "reference" or sizes["T"] == 1:
+        if is_step(sizes["T"]) and chosen != "reference":
+            y, final = _step(*args[:-1])
+        elif chosen == "reference" or sizes["T"] == 1:
             y, final = _reference(*args)
         else:
             y, final = _chunked(*args, min(chunk_size, sizes["T"]))
@@ -97,6 +99,13 @@ def _reference(
         state = decay * state + x[:, t, :, None] * B[:, t, None, :]
         outputs.append((state * C[:, t, None, :]).sum(-1))
     return torch.stack(outputs, dim=1), state
+
+
+def _step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One position: the states decay and are written in one pass, and read by one product."""
+    decay = (dt[:, 0, :, None] * A).exp_()
+    after = (decay * state).addcmul_(x[:, 0, :, None], B)
+    return (after @ C.transpose(1, 2)).transpose(1, 2), after
 
 
 def _chunked(

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from synapse_arch.errors import ShapeError, explain
-from synapse_arch.ops._backends import compute_dtype, no_autocast, resolve
+from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, resolve
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import carry, chunk_heads, decay_gaps, gated_scores, reach, unchunk_heads
 from synapse_arch.ops._packing import segment_index
@@ -77,7 +77,9 @@ def ssd(
             state = wide.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"])
         segments = segment_index(segment_ids, mask)
         args = (wide, steps, steps * A.to(dtype), B.to(dtype), C.to(dtype), state.to(dtype), segments)
-        if chosen == "reference" or sizes["T"] == 1:
+        if is_step(sizes["T"]) and chosen != "reference":
+            y, final = _step(*args[:-1])
+        elif chosen == "reference" or sizes["T"] == 1:
             y, final = _reference(*args)
         else:
             y, final = _chunked(*args, min(chunk_size, sizes["T"]))
@@ -100,6 +102,16 @@ def _reference(
         state = log_decay[:, t].exp()[..., None, None] * state + write
         outputs.append((state * C[:, t, :, None, :]).sum(-1))
     return torch.stack(outputs, dim=1), state
+
+
+def _step(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One position: the heads of a group stand side by side in the product with their C."""
+    before = state.unflatten(1, (B.shape[2], -1))  # (B, G, R, P, N), R = H / G heads
+    written = (dt[..., None] * x).view(before.shape[:-1])[..., None]
+    decay = log_decay.exp().view(before.shape[:3])[..., None, None]
+    after = (before * decay).addcmul_(written, B[:, 0, :, None, None])
+    y = after.flatten(2, 3) @ C[:, 0, :, :, None]
+    return y.reshape(x.shape), after.flatten(1, 2)
 
 
 def _chunked(

@@ -73,6 +73,40 @@ def test_single_steps_equal_the_full_pass(case: Case, dtype: torch.dtype) -> Non
     assert_same(steps, measure(case.call, tensors))
 
 
+@DTYPES
+@pytest.mark.parametrize("case", RECURRENT, ids=str)
+@pytest.mark.parametrize("fresh", [False, True], ids=["state", "fresh"])
+def test_a_step_without_gradients_equals_definition(case: Case, fresh: bool, dtype: torch.dtype) -> None:
+    """Decoding has a form of its own: alone, and beside a row that is masked, which keeps its state bit by bit."""
+    tensors = cast(case.draw(3, 1), dtype)
+    if fresh:
+        tensors = {name: x for name, x in tensors.items() if not name.startswith("state")}
+    before = {name: x.clone() for name, x in tensors.items()}
+    mask = torch.tensor([[True], [False], [True]])
+    for options in ({}, {"mask": mask}, {"segment_ids": torch.ones(3, 1, dtype=torch.long)}):
+        with torch.no_grad():
+            expected, found = case.call(tensors, backend="reference", **options), case.call(tensors, **options)
+        assert_same(found, expected)
+        for name, x in found.items():
+            if name.startswith("state") and not fresh and "mask" in options:
+                assert torch.equal(x[1], tensors[name][1]), name
+    assert all(torch.equal(before[name], x) for name, x in tensors.items())
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_steps_without_gradients_equal_the_full_pass(case: Case, dtype: torch.dtype) -> None:
+    tensors = cast(case.draw(2, 65), dtype)
+    mask = torch.ones(2, 65, dtype=torch.bool)
+    mask[0, 20:23], mask[1, 64] = False, False
+    for options in ({}, {"mask": mask}):
+        with torch.no_grad():
+            steps, whole = in_pieces(case, tensors, list(range(66)), **options), case.call(tensors, **options)
+        for outputs in (steps, whole) if options else ():
+            outputs.update({name: x[mask] for name, x in outputs.items() if not name.startswith("state")})
+        assert_same(steps, whole)
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("case", MODULES, ids=str)
 def test_modules_in_uneven_pieces(case: Case, length: int) -> None:

@@ -93,9 +93,12 @@ def test_flops_in_chunks_are_those_of_a_counter(case: str) -> None:
 
 @cases
 def test_flops_without_the_recurrences_are_those_of_a_single_step(case: str) -> None:
-    """In one step the recurrences are elementwise, so that a counter sees only projections, experts and head."""
+    """Defined, a step's recurrences are elementwise, so that a counter sees only projections, experts and head.
+
+    With gradients on, a single position is computed by the definitions.
+    """
     model = small_model(**CASES[case])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         model(torch.tensor([[3]]))
     flops, counted = accounting.flops_per_token(model), counter.get_total_flops()
     states = {name: tensor for name, tensor in model.init_state(1).to_tensors().items() if "coactivation" not in name}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from synapse_arch.errors import ConfigError, StateError
 from synapse_arch.modules import Routing, Thalamus, ThalamusConfig, ThalamusState
-from synapse_arch.modules.thalamus import expert_load, load_balance_loss, router_z_loss
+from synapse_arch.modules.thalamus import expert_load, expert_loads, load_balance_loss, router_z_loss
 from tests.helpers import assert_close
 
 E, K, D, T = 5, 2, 8, 12
@@ -148,6 +148,7 @@ def test_z_loss_by_its_formula() -> None:
 
 def test_expert_load_counts_assignments() -> None:
     assert expert_load(torch.tensor([[[0, 2], [2, -1]], [[-1, -1], [4, 2]]]), E).tolist() == [1, 0, 3, 0, 1]
+    assert expert_loads(torch.tensor([[[0, 2]], [[-1, 2]]]), E).tolist() == [[1, 0, 1, 0, 0], [0, 0, 1, 0, 0]]
 
 
 def by_token(indices: Tensor, before: Tensor, ids: Tensor, decay: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import ROOT, environment, interleaved
+from benchmarks.measure import ROOT, environment, interleaved, progress
 from benchmarks.quality.models import build, description
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.training import Trainer
@@ -21,7 +21,8 @@ from recipes.malloc import keep_freed_memory
 from synapse_arch.errors import ConfigError, explain
 
 SPEEDS = ROOT / "paper" / "results" / "speed"
-ROUNDS = 8
+WARM, ROUNDS = 12, 12
+"""Steps before and while it is timed: what is compiled and what memory is kept comes with the first ones."""
 
 
 def measure(task: str, models: Sequence[str], *, bf16: bool) -> dict[str, Any]:
@@ -33,6 +34,9 @@ def measure(task: str, models: Sequence[str], *, bf16: bool) -> dict[str, Any]:
         torch.manual_seed(seed)
         learner = build(name, task=TASKS[task], protocol=protocol)
         trainers[name] = Trainer(learner, TASKS[task], protocol, seed=seed, lr=1e-3, weight_decay=0.1, bf16=bf16)
+    for trainer in progress(trainers.values(), "warming up"):
+        for _ in range(WARM):
+            trainer.step()
     times = interleaved({name: trainer.step for name, trainer in trainers.items()}, ROUNDS, "timing a step of each")
     file, place = SPEEDS / f"{task}.json", environment()
     record = {

@@ -51,10 +51,12 @@ QUICK = Sizes(
 def _training(sizes: Sizes) -> list[Figure]:
     figures = []
     for label, config in (("d 256 x 4", sizes.small), ("100M", sizes.large)):
-        for length in sizes.lengths:
+        peers = list(language.models.PEERS)
+        for length in sorted(sizes.lengths):
             batch = 4 if length <= 512 and config is sizes.small else 1
             rounds = sizes.rounds if config is sizes.small else max(3, sizes.rounds // 3)
-            figures += language.training(config, label=label, batch=batch, length=length, rounds=rounds)
+            found = language.training(config, label=label, batch=batch, length=length, rounds=rounds, peers=peers)
+            figures, peers = [*figures, *found], language.patient(found)
     return figures
 
 

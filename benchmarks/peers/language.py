@@ -19,10 +19,11 @@ from recipes.malloc import keep_freed_memory
 from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.model.accounting import active_parameters
 from synapse_arch.model.compiling import Step, compiled_step, eager_step
+from synapse_arch.model.state import SynapseState
 
-WINDOW = 2048
-"""Tokens a call while a long prompt is read."""
 SHORT, LONG = 512, 4096
+PATIENCE = 20.0
+"""Seconds a training step of a peer may take to be timed as often as ours, and with longer texts as well."""
 TRAIN_GOALS = {
     SHORT: {"llama": 1.1, "mixtral": 1.1, "mamba2": 3.0},
     LONG: {"llama": 1.5, "mixtral": 1.5, "mamba2": 3.0},
@@ -30,22 +31,34 @@ TRAIN_GOALS = {
 DECODE_GOALS = {64: 2.0, 4096: 5.0}
 
 
-def training(config: SynapseConfig, *, label: str, batch: int, length: int, rounds: int) -> list[Figure]:
+def training(
+    config: SynapseConfig,
+    *,
+    label: str,
+    batch: int,
+    length: int,
+    rounds: int,
+    peers: Sequence[str] = tuple(models.PEERS),
+) -> list[Figure]:
     """Tokens/s times active parameters, over each peer's, and over the rate of a matrix product.
 
-    A round times every model and the product in turn.
+    A round times every model and the product in turn; a peer that takes longer than PATIENCE is timed once, after one
+    step that is not counted.
     """
     keep_freed_memory()
     torch.manual_seed(0)
     ids = torch.randint(config.vocab_size, (batch, length + 1))
-    jobs: dict[str, Callable[[], object]] = {"ours": _our_step(config, ids)}
-    sizes = {"ours": active_parameters(config)}
-    for name, make in models.PEERS.items():
-        model = make(config).train()
-        jobs[name], sizes[name] = models.training_step(model, ids), models.active(model)
     size, a, b = 2048, *torch.randn(2, 2048, 2048)
-    jobs["product"] = lambda: torch.mm(a, b)
-    times = interleaved(jobs, rounds, f"training, {label}, T {length}")
+    jobs: dict[str, Callable[[], object]] = {"ours": _our_step(config, ids), "product": lambda: torch.mm(a, b)}
+    sizes, slow = {"ours": active_parameters(config)}, {}
+    for name in peers:
+        model = models.PEERS[name](config).train()
+        step, sizes[name] = models.training_step(model, ids), models.active(model)
+        if seconds(step) > PATIENCE:
+            slow[name] = [seconds(step)]
+        else:
+            jobs[name] = step
+    times = interleaved(jobs, rounds, f"training, {label}, T {length}") | slow
     rate = {name: [6 * sizes[name] * batch * length / value for value in times[name]] for name in sizes}
     product = [2 * size**3 / value for value in times["product"]]
     what = f"training, {label}, B {batch}, T {length:,}"
@@ -56,13 +69,18 @@ def training(config: SynapseConfig, *, label: str, batch: int, length: int, roun
             values=_over(rate["ours"], product), unit="share", goal=0.7, better="more", details=details,
         )
     ]  # fmt: skip
-    for name in models.PEERS:
+    for name in peers:
         goal = TRAIN_GOALS.get(length, {}).get(name)
         ratio = f"{what}: active parameters x tokens/s over {name}'s"
-        figures.append(
-            Figure(what=ratio, values=_over(rate["ours"], rate[name]), unit="ratio", goal=goal, better="more")
-        )
+        ours = [statistics.median(rate["ours"])] if name in slow else rate["ours"]
+        figures.append(Figure(what=ratio, values=_over(ours, rate[name]), unit="ratio", goal=goal, better="more"))
     return figures
+
+
+def patient(figures: Sequence[Figure]) -> list[str]:
+    """The peers of a `training` whose steps took no longer than PATIENCE."""
+    times = figures[0].details["seconds"]
+    return [name for name in models.PEERS if name in times and statistics.median(times[name]) <= PATIENCE]
 
 
 def training_memory(config: SynapseConfig, *, label: str, length: int) -> list[Figure]:
@@ -125,12 +143,13 @@ def decoding(
     With `compiled` all of it again for the step that torch.compile makes; the peers run as they are.
     """
     kinds = {"decoding": eager_step} | ({"decoding compiled": compiled_step()} if compiled else {})
+    torch.manual_seed(0)
+    model = SynapseModel(config).eval()
+    ids = torch.randint(config.vocab_size, (1, max(lengths)))
+    states = {length: _read(model, ids[:, :length]) for length in {*lengths, *peer_lengths}}
     figures = []
     for batch, (kind, step) in itertools.product(batches, kinds.items()):
-        torch.manual_seed(0)
-        model = SynapseModel(config).eval()
-        ids = torch.randint(config.vocab_size, (batch, max(lengths)))
-        ours = {length: _our_decoder(model, ids[:, :length], step) for length in lengths}
+        ours = {length: _our_decoder(model, states[length], batch, step) for length in lengths}
         limit = _read_bytes(model, batch) / bandwidth()
         times = interleaved({str(length): step for length, step in ours.items()}, steps, f"{kind}, B {batch}")
         first, *rest = lengths
@@ -142,15 +161,14 @@ def decoding(
             what = f"{kind}, B {batch}: time a step after {length:,} tokens over after {first:,}"
             figures.append(Figure(what=what, values=ratio, unit="ratio", goal=1.1))
         for length in peer_lengths:
-            figures += _against(config, model, ids[:, :length], steps, kind, step)
+            our_step = _our_decoder(model, states[length], batch, step)
+            figures += _against(config, our_step, ids[:, :length].repeat(batch, 1), steps, kind)
     return figures
 
 
-def _against(
-    config: SynapseConfig, model: SynapseModel, ids: Tensor, steps: int, kind: str, step: Step
-) -> list[Figure]:
+def _against(config: SynapseConfig, our_step: Callable[[], None], ids: Tensor, steps: int, kind: str) -> list[Figure]:
     """Our step against the attention models', all after the same tokens."""
-    jobs: dict[str, Callable[[], object]] = {"ours": _our_decoder(model, ids, step)}
+    jobs: dict[str, Callable[[], object]] = {"ours": our_step}
     for name in ("llama", "mixtral"):
         jobs[name] = models.decoder(models.PEERS[name](config).eval(), ids)
     batch, length = ids.shape
@@ -180,16 +198,22 @@ def _our_step(config: SynapseConfig, ids: Tensor) -> Callable[[], None]:
     return step
 
 
-def _our_decoder(model: SynapseModel, ids: Tensor, step: Step) -> Callable[[], None]:
+@torch.inference_mode()
+def _read(model: SynapseModel, ids: Tensor) -> SynapseState:
+    """The state after ids (1, T)."""
+    return model(ids, logits_to_keep=1).state
+
+
+def _our_decoder(model: SynapseModel, state: SynapseState, batch: int, step: Step) -> Callable[[], None]:
+    """Steps of one token, in as many rows that have read the same."""
     with torch.inference_mode():
-        state = model.init_state(ids.shape[0])
-        for piece in ids.split(WINDOW, dim=1):
-            state = model(piece, state, logits_to_keep=1).state
+        state = state.select([0] * batch)
+    ids = torch.zeros(batch, 1, dtype=torch.long)
 
     def read_one() -> None:
         nonlocal state
         with torch.inference_mode():
-            _, state = step(model, ids[:, :1], state, None)
+            _, state = step(model, ids, state, None)
 
     read_one()  # what is set up once
     return read_one

@@ -7,6 +7,7 @@ OUT    ?= runs/demo
 ARGS   ?=
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.synapse_arch
+PEERS  := $(VENV)-peers
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 export PYTHONUNBUFFERED := 1
@@ -55,11 +56,19 @@ serve: $(STAMP)  ## serve the demo's model: API and page at http://127.0.0.1:800
 bench: $(STAMP)  ## measure the core: exactness, streaming, speed, memory, linearity
 	@$(BIN)/python -m benchmarks.core $(ARGS)
 
-peers: $(STAMP)  ## measure speed beside transformers' models and the machine's limits
-	@$(BIN)/python -m benchmarks.peers $(ARGS)
+# An environment of their own, which sees the packages of .venv but adds nothing to them.
+$(PEERS)/.installed: $(STAMP) benchmarks/peers/requirements.txt
+	@$(BIN)/python -m venv $(PEERS)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/house.pth
+	@$(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps -r benchmarks/peers/requirements.txt
+	@touch $@
+
+peers: $(PEERS)/.installed  ## measure speed beside other people's functions and models, and the machine's limits
+	@$(PEERS)/bin/python -m benchmarks.peers $(ARGS)
 
 paper: $(STAMP)  ## build the paper (text, tables, figures, PDF) from paper/results
 	@$(BIN)/python -m paper.build
 
 clean:  ## remove the environment and the caches, keep runs/
-	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
 """Every recurrence against the loop that defines it and other people's implementation of the same function.
 
-The other implementations are the pure-PyTorch forms of transformers, and mambapy's scan where it is installed. None is
-timed before its outputs and gradients equal ours.
+The other implementations are the pure-PyTorch forms of transformers, and of mambapy and mlstm_kernels where these are
+installed (`make peers` does so, in an environment of their own). None is timed before its outputs
+and gradients equal ours.
 
 B batch, T time, H heads, K and N key and state width, V and P value width.
 """
@@ -269,7 +270,25 @@ def _mlstm_peers() -> dict[str, Run]:
         )  # fmt: skip
         return y.transpose(1, 2)
 
-    return {f"transformers, chunk {chunk}": partial(run, chunk=chunk) for chunk in (64, 128)}
+    peers: dict[str, Run] = {f"transformers, chunk {chunk}": partial(run, chunk=chunk) for chunk in (64, 128)}
+    return peers | _mlstm_kernels()
+
+
+def _mlstm_kernels() -> dict[str, Run]:
+    """The native chunkwise form of the mLSTM's authors; it takes whole chunks only."""
+    if not importlib.util.find_spec("mlstm_kernels"):
+        return {}
+    from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_autograd as chunkwise
+
+    def run(z: Tensors, chunk: int) -> Tensor:
+        q, k, v, i, f = (z[name].transpose(1, 2) for name in ("q", "k", "v", "i", "f"))
+        missing = -q.shape[2] % chunk
+        q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
+        i, f = (F.pad(x, (0, missing)) for x in (i, f))
+        y: Tensor = chunkwise(q, k, v, i, f, eps=0.0, chunk_size=chunk)
+        return y[:, :, : z["q"].shape[1]].transpose(1, 2)
+
+    return {f"mlstm_kernels, chunk {chunk}": partial(run, chunk=chunk) for chunk in (64, 128)}
 
 
 def _draw_delta(batch: int, length: int) -> Tensors:

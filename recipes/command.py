@@ -196,7 +196,7 @@ def _add_machine(parser: argparse.ArgumentParser, default: RunConfig) -> None:
         machine, "shard", "spread weights and optimizer over the processes (FSDP2): models may be larger than a device"
     )
     compiled = (
-        "fuse the layers by torch.compile: costs minutes before the first step of a size, some 10 % less a step on CPUs"
+        "fuse the layers by torch.compile: costs minutes before a size's first step, some 10 %% less a step on CPUs"
     )
     _switch(machine, "compile", compiled)
     _switch(machine, "recompute", "recompute layers in the backward pass, to save memory; the same bits")

@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format demo serve bench peers paper clean
+.PHONY: help venv test check format demo serve bench peers gpu paper clean
 
 help:  ## show this
 	@echo "synapse_arch: make TARGET"
@@ -57,6 +57,9 @@ bench: $(STAMP)  ## measure the core: exactness, streaming, speed, memory, linea
 
 peers: $(STAMP)  ## measure speed beside transformers' models and the machine's limits
 	@$(BIN)/python -m benchmarks.peers $(ARGS)
+
+gpu: $(STAMP)  ## check and measure the GPU: parity, training, decoding, ops (small sizes on a CPU: ARGS=--quick)
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 paper: $(STAMP)  ## build the paper (text, tables, figures, PDF) from paper/results
 	@$(BIN)/python -m paper.build

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from synapse_arch.errors import BackendUnavailable, ConfigError, explain
-from synapse_arch.model.state import SynapseState
+from synapse_arch.model.state import SynapseState, map_tensors
 
 if TYPE_CHECKING:
     from synapse_arch.model.model import SynapseModel
@@ -73,8 +73,12 @@ class GraphedStep:
         if model.training:
             raise ConfigError(explain("GraphedStep", "a model in evaluation mode", "training", "call model.eval()"))
         state.check_against(model, state.batch_size, device=device)
-        self._state = state.clone()
         self._ids = torch.zeros(state.batch_size, 1, dtype=torch.long, device=device)
+        with torch.no_grad():
+            _, after = step(model, self._ids, state, None)
+        # A narrow model's fresh state is narrower than those it returns.
+        layers = map_tensors(lambda mine, other: mine.to(other.dtype, copy=True), state.layers, after.layers)
+        self._state = SynapseState(layers, state.position.clone())
         self._graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))

@@ -22,7 +22,7 @@ def measure(
     model = narrow(SynapseModel(config).to(device).eval())
     figures = []
     for batch in batches:
-        jobs = _jobs(model, batch, device, compiled)
+        jobs = _jobs(model, batch, device, compiled and batch == batches[0])  # compiling takes a minute a batch size
         times = interleaved(jobs, rounds, device, repeat=20)
         needed = weight_bytes(model, batch)
         for form, taken in times.items():

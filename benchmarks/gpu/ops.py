@@ -21,11 +21,14 @@ Made = tuple[Callable[..., Any], list[Tensor]]
 
 
 def measure(
-    widths: Widths, batch: int, length: int, device: str, sound: set[str], *, rounds: int, compiled: bool
-) -> list[Figure]:
+    widths: Widths, batch: int, length: int, device: str, sound: set[str], *, rounds: int, compiled: bool,
+    late: Callable[[], bool],
+) -> list[Figure]:  # fmt: skip
     """Seconds of every form and, where there are kernels, how they stand to the rest; `sound` are those with parity."""
     figures = []
     for name, case in cases(widths).items():
+        if late():
+            break
         torch.manual_seed(0)
         inputs = narrowed({key: x.to(device) for key, x in case.draw(batch, length).items()}, torch.bfloat16)
         for backward in (False, True):
@@ -57,7 +60,7 @@ def _ours(name: str, case: Case, inputs: Tensors, sound: set[str], backward: boo
             continue
         call = partial(case.call, backend=backend, packing={})
         forms[backend] = _job(lambda z, c=call: c(z)["y"], inputs, backward)
-        if compiled and backend == "chunked":
+        if compiled and backend == "chunked" and backward:
             torch.compiler.reset()
             fused = torch.compile(lambda z, c=call: c(z)["y"])
             forms["chunked, compiled"] = _job(fused, inputs, backward)

@@ -17,7 +17,7 @@ from synapse_arch.model.accounting import active_parameters
 from synapse_arch.ops import _triton
 
 GOAL = 0.4
-THEIRS = ("KDA", "GatedDeltaNet", "GLA")
+THEIRS = ("KDA", "GatedDeltaNet")
 """Models of fla that are tried as peers."""
 
 
@@ -29,10 +29,10 @@ def narrow(model: SynapseModel) -> SynapseModel:
     return model
 
 
-def measure(
+def ours(
     config: SynapseConfig, batch: int, length: int, device: str, rate: float, *, rounds: int, compiled: bool
 ) -> list[Figure]:
-    """Steps of ours, eager and compiled, and of each peer; `rate` is the measured bfloat16 matrix rate."""
+    """Steps of ours, eager and compiled; `rate` is the measured bfloat16 matrix rate."""
     total = sum(p.numel() for p in _meta(config).parameters())
     size = active_parameters(config)
     sizes = {"active parameters, embedding table not counted": size, "parameters": total}
@@ -47,9 +47,18 @@ def measure(
             f"training, {form}", _our_loss(model), model, size, batch, length, device, rate, rounds, sizes
         )
         del model
+    return figures
+
+
+def theirs(
+    config: SynapseConfig, batch: int, length: int, device: str, rate: float, *, rounds: int, late: Callable[[], bool]
+) -> list[Figure]:
+    """Steps of each peer, while it is not late."""
+    figures = []
     if not _triton.missing():
         for name in THEIRS:
-            figures += _peer(name, config, batch, length, device, rate, rounds)
+            if not late():
+                figures += _peer(name, config, batch, length, device, rate, rounds)
     return figures
 
 

@@ -35,7 +35,7 @@ def test_a_part_that_fails_takes_no_other_with_it(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(training, "measure", broken)
+    monkeypatch.setattr(training, "ours", broken)
     file = tmp_path / "gpu.json"
     assert program.main(["--quick", "--only", "training", "decoding", "--out", str(file)]) == 1
     figures = {figure["what"]: figure for figure in json.loads(file.read_text())["figures"]}
@@ -50,7 +50,7 @@ def test_without_a_gpu_only_small_sizes(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_an_op_without_parity_is_not_timed() -> None:
-    assert ops.measure(program.QUICK.widths, 1, 8, "cpu", set(), rounds=1, compiled=False) == []
+    assert ops.measure(program.QUICK.widths, 1, 8, "cpu", set(), rounds=1, compiled=False, late=bool) == []
 
 
 def test_parity_notices_another_function() -> None:
@@ -96,3 +96,12 @@ def test_the_tuner_keeps_one_launch_of_each_block_size() -> None:
     kept = tuning.fewest(launches)
     assert [(x.kwargs["BK"], x.num_warps, x.num_stages) for x in kept] == [(32, 4, 3), (64, 4, 3)]
     assert tuning.fewest(None) == []
+
+
+def test_when_the_time_is_up_nothing_more_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program.Run, "late", lambda _: True)
+    (figure,) = program._guarded("decoding", program.Run(program.QUICK, "cpu"))
+    assert figure.met is False
+    assert "time was up" in figure.what
+    everything = {f"{name} chunked" for name in parity.cases(program.QUICK.widths)}
+    assert ops.measure(program.QUICK.widths, 1, 8, "cpu", everything, rounds=1, compiled=False, late=lambda: True) == []

@@ -12,7 +12,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format demo serve bench peers paper clean
+.PHONY: help venv test check format demo serve bench peers gpu paper clean
 
 help:  ## show this
 	@echo "synapse_arch: make TARGET"
@@ -66,6 +66,9 @@ $(PEERS)/.installed: $(STAMP) benchmarks/peers/requirements.txt
 
 peers: $(PEERS)/.installed  ## measure speed beside other people's functions and models, and the machine's limits
 	@$(PEERS)/bin/python -m benchmarks.peers $(ARGS)
+
+gpu: $(STAMP)  ## check and measure the GPU: parity, training, decoding, ops (small sizes on a CPU: ARGS=--quick)
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 paper: $(STAMP)  ## build the paper (text, tables, figures, PDF) from paper/results
 	@$(BIN)/python -m paper.build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import platform
 import re
@@ -30,6 +31,7 @@ UNITS: dict[str, tuple[float, str, str]] = {
     "bytes": (1e-9, ".2f", " GB"),
     "tokens/s": (1, ",.0f", " tokens/s"),
     "FLOP/s": (1e-9, ".1f", " GFLOP/s"),
+    "bytes/s": (1e-9, ".1f", " GB/s"),
     "seconds": (1e3, ".2f", " ms"),
 }
 """Of each unit: how values are scaled and formatted, and what stands behind them."""
@@ -147,7 +149,7 @@ def peak_bytes() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Commit, versions, processor and threads."""
+    """Commit, versions, processor and threads, and the GPU where there is one."""
     return {
         "commit": _git("rev-parse", "HEAD") or None,
         "modified": bool(_git("status", "--porcelain")),
@@ -158,7 +160,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    } | _gpu()
 
 
 def write_report(path: Path, place: dict[str, Any], figures: Iterable[Figure], **more: Any) -> None:
@@ -187,6 +189,18 @@ def _git(*arguments: str) -> str:
     except FileNotFoundError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {}
+    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    for package in ("triton", "flash-linear-attention"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def _cpu() -> str:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+NARROW, NARROW_GRADIENT, NARROW_SUM = 1e-2, 2e-2, 5e-2
+"""Norm of the difference over norm of the expected tensor, where products are taken in bfloat16 throughout: for outputs
+and states; for gradients; for those of the few numbers all positions share, sums that nearly cancel."""
+
 RELATIVE: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,

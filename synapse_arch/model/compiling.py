@@ -1,4 +1,4 @@
-"""torch.compile of one step of decoding: a state in, a state out, one graph without a break."""
+"""One step of decoding made cheap to launch: by torch.compile, one graph without a break, and as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from synapse_arch.errors import ConfigError, explain
-from synapse_arch.model.state import SynapseState
+from synapse_arch.errors import BackendUnavailable, ConfigError, explain
+from synapse_arch.model.state import SynapseState, map_tensors
 
 if TYPE_CHECKING:
     from synapse_arch.model.model import SynapseModel
@@ -48,3 +48,64 @@ def eager_step(
     """What is compiled."""
     out = model(ids, state, mask=mask)
     return out.logits, out.state
+
+
+class GraphedStep:
+    """A step recorded as a CUDA graph: one launch a token instead of hundreds.
+
+    The state lies in buffers of its own, which every call moves on by one token; `state` copies it out.
+
+    Args:
+        model: in evaluation mode, on a CUDA device; its weights are read where they lie, so they may change in place.
+        state: what to begin with; it is not changed. Its batch size is that of every step.
+        step: what is recorded, `eager_step` or what `compiled_step()` returned.
+
+    Raises:
+        BackendUnavailable: the model is not on a CUDA device.
+        ConfigError: the model is in training mode.
+        StateError: the state is of another model or device.
+    """
+
+    def __init__(self, model: SynapseModel, state: SynapseState, *, step: Step = eager_step) -> None:
+        device = next(model.parameters()).device
+        if device.type != "cuda":
+            raise BackendUnavailable(explain("GraphedStep", "a model on a CUDA device", device, "use the step itself"))
+        if model.training:
+            raise ConfigError(explain("GraphedStep", "a model in evaluation mode", "training", "call model.eval()"))
+        state.check_against(model, state.batch_size, device=device)
+        self._ids = torch.zeros(state.batch_size, 1, dtype=torch.long, device=device)
+        with torch.no_grad():
+            _, after = step(model, self._ids, state, None)
+        # A narrow model's fresh state is narrower than those it returns.
+        layers = map_tensors(lambda mine, other: mine.to(other.dtype, copy=True), state.layers, after.layers)
+        self._state = SynapseState(layers, state.position.clone())
+        self._graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.no_grad(), torch.cuda.stream(side):
+            for _ in range(3):  # whatever is set up, tuned or compiled once must be, before anything is recorded
+                step(model, self._ids, self._state, None)
+        torch.cuda.current_stream(device).wait_stream(side)
+        with torch.no_grad(), torch.cuda.graph(self._graph):
+            self._logits, after = step(model, self._ids, self._state, None)
+            self._overwrite(after)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Reads one token a row, (B, 1); the logits (B, 1, V) lie where the next call will write its own."""
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._logits
+
+    @property
+    def state(self) -> SynapseState:
+        """A copy of the state behind the last token."""
+        return self._state.clone()
+
+    @torch.no_grad()
+    def load(self, state: SynapseState) -> None:
+        """Goes on from `state`, of the same batch size."""
+        self._overwrite(state)
+
+    def _overwrite(self, state: SynapseState) -> None:
+        for mine, other in zip(self._state.to_tensors().values(), state.to_tensors().values(), strict=True):
+            mine.copy_(other)

@@ -1,8 +1,8 @@
 """Which implementation of an op runs where.
 
-Every op has a "reference" form (a plain loop, the definition) and a fast pure-PyTorch form; "auto" takes
-the fast one. A name that does not exist is a ConfigError, one that exists but cannot run here is
-BackendUnavailable: nothing is ever replaced silently.
+Every op has a "reference" form (a plain loop, the definition) and a fast pure-PyTorch form; some have "triton", the
+kernels of flash-linear-attention. "auto" takes the fastest that can run. A name that does not exist is a ConfigError,
+one that exists but cannot run here is BackendUnavailable: nothing is ever replaced silently.
 """
 
 from __future__ import annotations
@@ -19,33 +19,26 @@ from synapse_arch.errors import BackendUnavailable, ConfigError, explain
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("chunked", "reference"),
-    "ssd": ("chunked", "reference"),
-    "mlstm": ("chunked", "reference"),
-    "delta_rule": ("chunked", "reference"),
+    "ssd": ("triton", "chunked", "reference"),
+    "mlstm": ("triton", "chunked", "reference"),
+    "delta_rule": ("triton", "chunked", "reference"),
     "expert_swiglu": ("sorted", "grouped", "rowwise", "reference"),
 }
 """The implementations of each op, fastest first."""
 
-_PLANNED = {"triton": "flash-linear-attention's Triton kernels", "mamba_ssm": "mamba-ssm's CUDA kernels"}
-
 
 def resolve(op: str, backend: str) -> str:
-    """The implementation that `backend` means for `op`.
+    """The implementation that `backend` means for `op`, with "auto" the fastest that every machine has.
 
     Raises:
         ConfigError: `backend` names nothing known.
-        BackendUnavailable: `backend` is an accelerated one that this version or machine cannot run.
     """
+    names = BACKENDS[op]
     if backend == "auto":
-        return BACKENDS[op][0]
-    if backend in BACKENDS[op]:
+        return next(name for name in names if name != "triton")
+    if backend in names:
         return backend
-    choices = ", ".join(("auto", *BACKENDS[op]))
-    if backend in _PLANNED:
-        raise BackendUnavailable(
-            f"{op}: backend {backend!r} ({_PLANNED[backend]}) is not wired up in this version; use one of {choices}"
-        )
-    raise ConfigError(explain(f"{op} backend", f"one of {choices}", repr(backend)))
+    raise ConfigError(explain(f"{op} backend", f"one of {', '.join(('auto', *names))}", repr(backend)))
 
 
 @functools.cache
@@ -61,13 +54,9 @@ def fall_back(op: str, backend: str, wanted: str, instead: str, reason: str) -> 
     """
     if backend == wanted:
         raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run here: {reason}; use {instead!r} or 'auto'")
-    _log_once(f"{op}: {instead!r} runs in place of {wanted!r}: {reason}")
+    if not torch.compiler.is_compiling():
+        _log_once(f"{op}: {instead!r} runs in place of {wanted!r}: {reason}")
     return instead
-
-
-def report() -> dict[str, tuple[str, ...]]:
-    """The implementations each op can run on this machine, the one "auto" takes first."""
-    return dict(BACKENDS)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

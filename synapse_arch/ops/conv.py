@@ -106,8 +106,22 @@ def _depthwise(before: Tensor, x: Tensor, taps: _Taps, segments: Tensor | None) 
     Also returns the segment numbers of before and x (B, W-1+T): the incoming state belongs to segment 0.
     """
     numbers = None if segments is None else F.pad(segments, (before.shape[1], 0))
-    y: Tensor = _shifted(before, x, taps.weight, taps.bias, numbers, taps.silu)
+    fused = torch.compiler.is_compiling() and x.device.type != "cpu"
+    y: Tensor = (_fusible if fused else _shifted)(before, x, taps.weight, taps.bias, numbers, taps.silu)
     return y, numbers
+
+
+def _fusible(
+    before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None, silu: bool
+) -> Tensor:
+    """The same as one expression, which a compiler for a GPU makes one kernel of; eagerly it would keep every tap."""
+    length, history = x.shape[1], before.shape[1]
+    read = torch.cat([before, x], dim=1)
+    y = x * weight[:, -1]
+    for w in range(history):
+        y = y + _same_segment(read[:, w : w + length], numbers, history, slice(0, length), w) * weight[:, w]
+    y = y if bias is None else y + bias
+    return F.silu(y) if silu else y
 
 
 class _ShiftedSum(torch.autograd.Function):

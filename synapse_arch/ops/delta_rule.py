@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import ConfigError, explain
-from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, resolve, widen
+from synapse_arch.ops import _triton
+from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import carry, chunk_heads, decay_gaps, reach, unchunk_heads
 from synapse_arch.ops._opaque import opaque
@@ -57,7 +58,8 @@ def delta_rule(
         segment_ids: (B, T) ints; the state does not cross a change of id.
         mask: (B, T) bool; False positions neither write nor decay the state.
         chunk_size: writes computed side by side ("chunked").
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "triton" (no `write`; q, k and v are taken in bfloat16 where v is, on a CUDA device), "chunked"
+            or "reference".
 
     Returns:
         o (B, T, H, V) in v's dtype and the final state (B, H, K, V), float32 or wider.
@@ -81,13 +83,19 @@ def delta_rule(
     check_chunk_size(chunk_size)
     if rule not in ("delta", "hebbian"):
         raise ConfigError(explain("rule", "'delta' or 'hebbian'", repr(rule)))
-    chosen = resolve("delta_rule", backend)
+    dtype = compute_dtype(q, k, v, beta, log_decay, state, write)
+    lacking = "" if write is None else "its kernels have no strengths of the value alone (write)"
+    chosen = _triton.choose("delta_rule", backend, v, dtype, sizes["K"], sizes["V"], lacking)
     with no_autocast(v):
-        inputs = _prepare(q, k, v, beta, write, log_decay, state, segment_index(segment_ids, mask), mask)
+        narrow = v.dtype if chosen == "triton" and sizes["T"] > 1 else dtype
+        segments = segment_index(segment_ids, mask)
+        inputs = _prepare(q, k, v, beta, write, log_decay, state, segments, mask, dtype, narrow)
         if is_step(sizes["T"]) and chosen != "reference":
             o, final = _step(inputs, rule)
         elif chosen == "reference" or sizes["T"] == 1:
             o, final = _reference(inputs, rule)
+        elif chosen == "triton":
+            o, final = _by_kernel(inputs, rule)
         else:
             o, final = _chunked(inputs, rule, min(max(chunk_size // sizes.get("M", 1), 1), sizes["T"]))
     return o.to(v.dtype), final
@@ -121,11 +129,13 @@ def _prepare(
     state: Tensor | None,
     segments: Tensor | None,
     mask: Tensor | None,
+    dtype: torch.dtype,
+    narrow: torch.dtype,
 ) -> _Inputs:
-    """Widens the arguments, silences masked positions, and lines up the writes of each position."""
-    dtype = compute_dtype(q, k, v, beta, log_decay, state, write)
-    q, k, v, beta = widen(dtype, (q, k, v, beta))
-    decay = torch.zeros_like(q[..., 0]) if log_decay is None else log_decay.to(dtype)
+    """Queries, keys, values in `narrow`, all else in `dtype`; masked positions are silent, the writes in one line."""
+    q, k, v = widen(narrow, (q, k, v))
+    beta = beta.to(dtype)
+    decay = q.new_zeros(q.shape[:-1], dtype=dtype) if log_decay is None else log_decay.to(dtype)
     write = None if write is None else write.to(dtype)
     if mask is not None:
         beta, decay = _silence(beta, mask), _silence(decay, mask)
@@ -133,7 +143,9 @@ def _prepare(
     if k.dim() == 5:
         k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
         write = None if write is None else write.flatten(1, 2)
-    state = v.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
+    if state is None:
+        state = beta.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1])
+    state = state.to(dtype)
     return _Inputs(q, k, v, beta, write, decay, state, segments)
 
 
@@ -171,6 +183,19 @@ def _step(z: _Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
             written = written - beta[:, s] * (keys[:, s] @ state)
         state.addcmul_(keys[:, s].transpose(-1, -2), written)  # its own since it decayed
     return (z.q[:, 0, :, None] @ state).transpose(1, 2), state
+
+
+def _by_kernel(z: _Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Every write is a step of the kernels: the first one decays, the last one reads."""
+    more = z.steps - 1
+    g = _triton.log_decay(z.log_decay, z.segments)
+    g = F.pad(g[:, :, None], (0, 0, 0, more)).flatten(1, 2)  # (B, T M, H)
+    q = F.pad(z.q[:, :, None], (0, 0, 0, 0, more, 0)).flatten(1, 2)  # (B, T M, H, K)
+    if rule == "hebbian":
+        o, final = _triton.linear(q, z.k, (z.beta[..., None] * z.v).to(z.v.dtype), g, z.state)
+    else:
+        o, final = _triton.delta(q, z.k, z.v, z.beta, g, z.state)
+    return o[:, more :: z.steps], final
 
 
 def _chunked(z: _Inputs, rule: Rule, size: int) -> tuple[Tensor, Tensor]:

@@ -62,9 +62,10 @@ def expert_swiglu(
     chosen = resolve("expert_swiglu", backend)
     if backend == "auto" and x.device.type != "cpu":
         chosen = "grouped"
-    if autocast_enabled(x):
-        narrow = torch.get_autocast_dtype(x.device.type)
-        x, w_in, w_out = x.to(narrow), w_in.to(narrow), w_out.to(narrow)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else x.dtype
+    if backend == "auto" and chosen == "grouped" and is_step(sizes["n"]) and w_in.dtype != torch.bfloat16:
+        return _gathered_step(x.to(dtype), w_in, w_out, indices, weights)
+    x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
     if chosen == "grouped" and (reason := _ungroupable(x, sizes)):
         chosen = fall_back("expert_swiglu", backend, "grouped", "sorted", reason)
     if chosen == "reference":
@@ -95,8 +96,8 @@ def _ungroupable(x: Tensor, sizes: Sizes) -> str:
         return "this torch has no grouped_mm"
     if x.dtype == torch.float64:
         return "it has no float64"
-    if x.device.type == "cuda" and x.dtype != torch.bfloat16:
-        return f"on CUDA it is used in bfloat16 only, not in {x.dtype}"
+    if x.device.type != "cpu" and x.dtype != torch.bfloat16:
+        return f"on {x.device.type} it has bfloat16 only, not {x.dtype}, and experts wait for the device: use autocast"
     unit = 16 // x.element_size()
     if sizes["D"] % unit or sizes["F"] % unit:
         return f"in {x.dtype} the widths D={sizes['D']} and F={sizes['F']} must be multiples of {unit}"
@@ -139,6 +140,15 @@ def _step(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tens
             gate, up = torch.mm(x, w_in[e]).chunk(2, dim=-1)
             y.addcmul_(torch.mm(F.silu(gate).mul_(up), w_out[e]), weights[:, slot, None].to(x.dtype))
     return y
+
+
+def _gathered_step(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """One token where numbers must not be read out of a tensor: the weights of its experts are copied together."""
+    used, chosen = indices[0] >= 0, indices[0].clamp(min=0)
+    gate, up = (x @ w_in[chosen].to(x.dtype)).chunk(2, dim=-1)  # (k, 1, F)
+    rows = ((F.silu(gate) * up) @ w_out[chosen].to(x.dtype))[:, 0]  # (k, D)
+    share = torch.where(used, weights[0], 0.0).to(x.dtype)
+    return torch.where(used[:, None], rows * share[:, None], 0.0).sum(0, keepdim=True)
 
 
 def sort_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:

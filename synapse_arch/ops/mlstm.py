@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import StateError, explain
-from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, resolve, widen
+from synapse_arch.ops import _triton
+from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import Reach, carry, chunk_heads, decay_gaps, gated_scores, reach, unchunk_heads
 from synapse_arch.ops._packing import segment_index
@@ -56,7 +57,7 @@ def mlstm(
         segment_ids: (B, T) ints; the state does not cross a change of id.
         mask: (B, T) bool; False positions neither write nor decay the state.
         chunk_size: positions computed side by side ("chunked").
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "triton" (bfloat16 q, k and v on a CUDA device), "chunked" or "reference".
 
     Returns:
         h (B, T, H, V) in v's dtype and the final MLSTMState, float32 or wider.
@@ -82,18 +83,23 @@ def mlstm(
             if leaf is None:
                 raise StateError(explain(f"state.{name}", "a tensor", None))
             check_state(f"state.{name}", leaf, letters, sizes)
-    chosen = resolve("mlstm", backend)
+    dtype = compute_dtype(q, k, v, i, f, *(state or ()))
+    chosen = _triton.choose("mlstm", backend, v, dtype, sizes["K"], sizes["V"])
     with no_autocast(v):
-        dtype = compute_dtype(q, k, v, i, f, *(state or ()))
-        qs, ks, vs, log_i, log_f = widen(dtype, (q, k, v, i, f))
-        qs, log_f = qs * sizes["K"] ** -0.5, F.logsigmoid(log_f)
+        narrow = v.dtype if chosen == "triton" and sizes["T"] > 1 else dtype
+        qs, ks, vs = widen(narrow, (q, k, v))
+        log_i, log_f = i.to(dtype), F.logsigmoid(f.to(dtype))
         if mask is not None:
             log_i = log_i.masked_fill(~mask[..., None], -torch.inf)
             log_f = log_f.masked_fill(~mask[..., None], 0.0)
         if state is None:
-            state = fresh_state(sizes["B"], sizes["H"], sizes["K"], sizes["V"], like=vs)
+            state = fresh_state(sizes["B"], sizes["H"], sizes["K"], sizes["V"], like=log_i)
         state = MLSTMState(*widen(dtype, state))
         segments = segment_index(segment_ids, mask)
+        if chosen == "triton" and sizes["T"] > 1:
+            h, final = _by_kernel(qs, ks, vs, log_i, log_f, state, segments)
+            return h.to(v.dtype), final
+        qs = qs * sizes["K"] ** -0.5
         if is_step(sizes["T"]) and chosen != "reference":
             h, final = _step(qs, ks, vs, log_i, log_f, state)
         elif chosen == "reference" or sizes["T"] == 1:
@@ -189,6 +195,53 @@ def _chunked(
     final = final * (m_out[..., -1] - m_final).exp()[..., None, None]
     # copies: views of one tensor could not be saved, and would keep each other alive
     return unchunk_heads(h, length), MLSTMState(final[..., :-1].clone(), final[..., -1].clone(), m_final)
+
+
+COLUMNS = 16
+"""What the kernels' value width grows by: a column of ones, whose memory is the normaliser n, and zeros to align it."""
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState, segments: Tensor | None
+) -> tuple[Tensor, MLSTMState]:
+    """A linear recurrence relative to exp(m), with decays exp(log f_t + m_{t-1} − m_t) and keys exp(i_t − m_t) k.
+
+    The stabiliser cancels in h, so it is a constant to the gradient everywhere but in the state returned.
+    """
+    m, m_final = _running_stabiliser(log_i, log_f, state.m, segments)
+    before = torch.cat([state.m.detach()[:, None], m[:, :-1]], dim=1)
+    g = _triton.log_decay(log_f + (before - m), segments)  # what is close is subtracted first
+    keys = ((log_i - m).exp()[..., None] * k).to(k.dtype)
+    values = torch.cat([F.pad(v, (0, 1), value=1.0), v.new_zeros(*v.shape[:-1], COLUMNS - 1)], dim=-1)
+    memory = F.pad(torch.cat([state.C, state.n[..., None]], dim=-1), (0, COLUMNS - 1))
+    memory = memory * (state.m - state.m.detach()).exp()[..., None, None]  # 1, but it lets state.m's gradient in
+    read, final = _triton.linear(q, keys, values, g, memory)
+    read = read[..., : v.shape[-1] + 1].to(m.dtype) * q.shape[-1] ** -0.5
+    h = _normalised(read[..., :-1], read[..., -1], m)
+    final = final * (m[:, -1] - m_final).exp()[..., None, None]
+    return h, MLSTMState(final[..., : v.shape[-1]].clone(), final[..., v.shape[-1]].clone(), m_final)
+
+
+def _running_stabiliser(log_i: Tensor, log_f: Tensor, m: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The stabiliser at every position (B, T, H), without gradient, and the last one (B, H), with it.
+
+    With F the running sum of log f, m_t = F_t + max(m_0, max_{s <= t} (i_s − F_s)): summed in float64, so that nothing
+    is lost behind strong forgetting.
+    """
+    i, f = log_i.double(), log_f.double()
+    if segments is not None:
+        begins = _triton.begins(segments)[..., None]
+        i = torch.where(begins, torch.maximum(i, f), i)  # from m = 0
+        with torch.no_grad():
+            farthest = torch.where(i.isfinite(), i, 0.0).abs().amax(1) + m.abs()
+            beyond = 1.0 + 2.0 * farthest - f.sum(1)  # more than any two weights are apart
+        f = torch.where(begins, f - beyond[:, None], f)
+    total = f.cumsum(1)
+    with torch.no_grad():
+        largest = (i - total).cummax(1).values
+        every = (total + torch.maximum(largest, m.double()[:, None])).to(m.dtype)
+    last = total[:, -1] + torch.maximum((i - total).amax(1), m.double())
+    return every, last.to(m.dtype)
 
 
 def _normalised(read: Tensor, weight: Tensor, m: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from einops import rearrange
 from torch import Tensor
 
 from synapse_arch.errors import ShapeError, explain
-from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, resolve
+from synapse_arch.ops import _triton
+from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import carry, chunk_heads, decay_gaps, gated_scores, reach, unchunk_heads
 from synapse_arch.ops._packing import segment_index
@@ -45,7 +46,7 @@ def ssd(
         segment_ids: (B, T) ints; the state does not cross a change of id.
         mask: (B, T) bool; False positions neither write nor decay the state.
         chunk_size: positions computed side by side ("chunked").
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "triton" (bfloat16 x, B and C on a CUDA device), "chunked" or "reference".
 
     Returns:
         y (B, T, H, P) in x's dtype and the final state (B, H, P, N), float32 or wider.
@@ -67,24 +68,28 @@ def ssd(
     check_chunk_size(chunk_size)
     if sizes["H"] % sizes["G"]:
         raise ShapeError(explain("B", f"a number of groups that divides H={sizes['H']}", sizes["G"]))
-    chosen = resolve("ssd", backend)
+    dtype = compute_dtype(x, dt, A, state)
+    chosen = _triton.choose("ssd", backend, x, dtype, sizes["N"], sizes["P"])
     with no_autocast(x):
-        dtype = compute_dtype(x, dt, A, state)
-        wide, steps = x.to(dtype), dt.to(dtype)
+        steps = dt.to(dtype)
         if mask is not None:
             steps = torch.where(mask[..., None], steps, 0.0)  # dt = 0 neither decays nor writes
         if state is None:
-            state = wide.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"])
+            state = x.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"], dtype=dtype)
         segments = segment_index(segment_ids, mask)
-        args = (wide, steps, steps * A.to(dtype), B.to(dtype), C.to(dtype), state.to(dtype), segments)
+        narrow = x.dtype if chosen == "triton" and sizes["T"] > 1 else dtype
+        wide = x.to(narrow)
+        args = (wide, steps, steps * A.to(dtype), B.to(narrow), C.to(narrow), state.to(dtype), segments)
         if is_step(sizes["T"]) and chosen != "reference":
             y, final = _step(*args[:-1])
         elif chosen == "reference" or sizes["T"] == 1:
             y, final = _reference(*args)
+        elif chosen == "triton":
+            y, final = _by_kernel(*args)
         else:
             y, final = _chunked(*args, min(chunk_size, sizes["T"]))
         if D is not None:
-            y = torch.addcmul(y, wide, D.to(dtype)[:, None])
+            y = torch.addcmul(y, wide, D.to(narrow)[:, None])
     return y.to(x.dtype), final
 
 
@@ -112,6 +117,17 @@ def _step(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state:
     after = (before * decay).addcmul_(written, B[:, 0, :, None, None])
     y = after.flatten(2, 3) @ C[:, 0, :, :, None]
     return y.reshape(x.shape), after.flatten(1, 2)
+
+
+def _by_kernel(
+    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The linear recurrence with keys B, values dt x and queries C; its state is the transpose of ours."""
+    repeats = x.shape[2] // B.shape[2]
+    B, C = (z.repeat_interleave(repeats, dim=2) for z in (B, C))
+    writes = (dt[..., None] * x).to(x.dtype)
+    y, final = _triton.linear(C, B, writes, _triton.log_decay(log_decay, segments), state.transpose(-1, -2))
+    return y, final.transpose(-1, -2).contiguous()
 
 
 def _chunked(

@@ -30,6 +30,7 @@ from tests.helpers import Tensors, flatten, rebuild
 
 H, K, V, P, N, G, W, D, E = 4, 6, 5, 3, 7, 2, 4, 8, 5
 RECURRENCES = ("reference", "chunked")
+KERNELS = (*RECURRENCES, "triton")
 
 
 @dataclass(frozen=True)
@@ -172,15 +173,15 @@ OPS = (
     Case("causal_conv1d", draw_conv, op(causal_conv1d, TENSOR), ("x",)),
     Case("causal_conv1d-silu", draw_conv, op(causal_conv1d, TENSOR, activation="silu"), ("x",)),
     Case("selective_scan", draw_scan, op(selective_scan, TENSOR), ("u", "dt", "B", "C"), RECURRENCES, SSM_EXTREMES),
-    Case("ssd", draw_ssd, op(ssd, TENSOR), ("x", "dt", "B", "C"), RECURRENCES, SSM_EXTREMES),
+    Case("ssd", draw_ssd, op(ssd, TENSOR), ("x", "dt", "B", "C"), KERNELS, SSM_EXTREMES),
     Case(
-        "mlstm", draw_mlstm, op(mlstm, MLSTMState(*torch.empty(3))), ("q", "k", "v", "i", "f"), RECURRENCES,
+        "mlstm", draw_mlstm, op(mlstm, MLSTMState(*torch.empty(3))), ("q", "k", "v", "i", "f"), KERNELS,
         MLSTM_EXTREMES,
     ),
-    Case("delta_rule", draw_delta, op(delta_rule, TENSOR), MEMORY, RECURRENCES, DELTA_EXTREMES),
-    Case("hebbian", draw_delta, op(delta_rule, TENSOR, rule="hebbian"), MEMORY, RECURRENCES, DELTA_EXTREMES),
-    Case("delta_rule-2", draw_product, op(delta_rule, TENSOR), MEMORY, RECURRENCES, DELTA_EXTREMES),
-    Case("delta_rule-3-write", draw_gated_product, op(delta_rule, TENSOR), GATED, RECURRENCES, GATED_EXTREMES),
+    Case("delta_rule", draw_delta, op(delta_rule, TENSOR), MEMORY, KERNELS, DELTA_EXTREMES),
+    Case("hebbian", draw_delta, op(delta_rule, TENSOR, rule="hebbian"), MEMORY, KERNELS, DELTA_EXTREMES),
+    Case("delta_rule-2", draw_product, op(delta_rule, TENSOR), MEMORY, KERNELS, DELTA_EXTREMES),
+    Case("delta_rule-3-write", draw_gated_product, op(delta_rule, TENSOR), GATED, KERNELS, GATED_EXTREMES),
 )  # fmt: skip
 
 

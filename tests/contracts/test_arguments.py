@@ -12,6 +12,7 @@ from torch import Tensor
 from synapse_arch import ops
 from synapse_arch.errors import BackendUnavailable, ConfigError, ShapeError, StateError, SynapseError
 from synapse_arch.modules import MambaState
+from synapse_arch.ops import _triton
 from tests.contracts.cases import CASES, MODULES, OPS, RECURRENT, Case
 from tests.helpers import Tensors
 
@@ -123,11 +124,11 @@ def test_chunk_sizes_that_are_none(case: Case, chunk_size: Any) -> None:
 @pytest.mark.parametrize("case", RECURRENT, ids=str)
 def test_backend_names(case: Case) -> None:
     tensors = case.draw(2, 6)
-    with pytest.raises(ConfigError, match="expected one of auto, chunked, reference, got 'fastest'"):
+    with pytest.raises(ConfigError, match=r"expected one of auto, .*chunked, reference, got 'fastest'"):
         case.call(tensors, backend="fastest")
-    for planned in ("triton", "mamba_ssm"):
-        with pytest.raises(BackendUnavailable, match="use one of auto, chunked, reference"):
-            case.call(tensors, backend=planned)
+    if "triton" in case.backends:
+        with pytest.raises(BackendUnavailable, match="use 'chunked' or 'auto'"):
+            case.call(tensors, backend="triton")
     with pytest.raises(SynapseError):
         case.call(tensors, backend=None)
 
@@ -136,9 +137,9 @@ def test_the_report_names_what_can_be_asked_for() -> None:
     report = ops.backends()
     for case in RECURRENT:
         name = case.name.split("-")[0].replace("hebbian", "delta_rule")
-        assert set(report[name]) == set(case.backends)
+        assert set(report[name]) == set(case.backends) - ({"triton"} if _triton.missing() else set())
     report.clear()
-    assert ops.backends()["ssd"][0] == "chunked"
+    assert ops.backends()["ssd"][-1] == "reference"
 
 
 def test_unknown_rule() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from synapse_arch import ConfigError, Sampling, ThalamusConfig, TraceSpec
-from synapse_arch.model.compiling import compiled_step
+from synapse_arch import BackendUnavailable, ConfigError, Sampling, ThalamusConfig, TraceSpec
+from synapse_arch.model.compiling import GraphedStep, compiled_step
 from synapse_arch.model.generation import generate, stream
 from tests.helpers import assert_same
 from tests.model.small import small_model, tokens
@@ -82,3 +82,9 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
     with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
         generate(small_model(), tokens(1, 3), compile=True)
+
+
+def test_a_cuda_graph_needs_a_gpu() -> None:
+    model = small_model()
+    with pytest.raises(BackendUnavailable, match="GraphedStep: expected a model on a CUDA device, got cpu"):
+        GraphedStep(model, model.init_state(1))

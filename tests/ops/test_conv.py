@@ -39,6 +39,24 @@ def test_equals_torch(width: int, length: int, bias: bool, activation: Literal["
     assert_same(ours, measure(theirs, drawn))
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("length", [2, 3, 50])
+def test_what_a_compiler_fuses_is_the_same(
+    length: int, activation: Literal["silu"] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {"x": (2, length, 5), "weight": (5, 4), "bias": (5,), "state": (2, 3, 5)}
+    tensors = {name: torch.randn(shape, dtype=torch.float64) for name, shape in drawn.items()}
+    for ids in (None, torch.arange(length).expand(2, -1) // 7):
+
+        def run(z: Tensors, ids: Tensor | None = ids) -> Tensors:
+            return dict(zip(("y", "after"), causal_conv1d(**z, activation=activation, segment_ids=ids), strict=True))
+
+        expected = measure(run, tensors)
+        with monkeypatch.context() as patch:
+            patch.setattr(conv, "_shifted", conv._fusible)
+            assert_same(measure(run, tensors), expected)
+
+
 def test_unknown_activation() -> None:
     with pytest.raises(ConfigError, match="activation: expected None or 'silu', got 'gelu'"):
         causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), activation="gelu")  # type: ignore[arg-type]

@@ -184,3 +184,16 @@ def test_bfloat16(backend: str) -> None:
     narrow = run(backend, indices, {name: x.bfloat16() for name, x in tensors.items()})
     for name, value in expected.items():
         assert (narrow[name].float() - value).norm() <= 0.02 * value.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_step_by_gathered_weights(dtype: torch.dtype) -> None:
+    tensors, indices = draw(dtype), route()
+    indices[0] = -1
+    for token in range(4):
+        z = tensors | {name: tensors[name][token : token + 1] for name in ("x", "weights")}
+        expected = expert_swiglu(**z, indices=indices[token : token + 1], backend="reference")
+        found = experts._gathered_step(
+            *(z[name] for name in ("x", "w_in", "w_out")), indices[token : token + 1], z["weights"]
+        )
+        assert_same({"y": found}, {"y": expected})

@@ -18,28 +18,15 @@ from synapse_arch.ops._opaque import opaque
 
 def chunk_heads(x: Tensor, size: int) -> Tensor:
     """(B, T, H, ...) -> contiguous (B, H, N, C, ...), the last chunk padded with zeros."""
-    return rearrange(_filled_up(x, size), "b (n c) h ... -> b h n c ...", c=size).contiguous()
-
-
-def chunks_first(x: Tensor, size: int) -> Tensor:
-    """The same as contiguous (N, B H, C, ...): each chunk in one piece."""
-    return rearrange(_filled_up(x, size), "b (n c) h ... -> n (b h) c ...", c=size).contiguous()
-
-
-def _filled_up(x: Tensor, size: int) -> Tensor:
-    """(B, T, ...) -> (B, N C, ...), with zeros behind the end."""
     padding = -x.shape[1] % size
-    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding)) if padding else x
+    if padding:
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
+    return rearrange(x, "b (n c) h ... -> b h n c ...", c=size).contiguous()
 
 
 def unchunk_heads(x: Tensor, length: int) -> Tensor:
     """(B, H, N, C, K) -> (B, T, H, K)."""
     return rearrange(x, "b h n c k -> b (n c) h k")[:, :length]
-
-
-def unchunk_first(x: Tensor, rows: int, length: int) -> Tensor:
-    """(N, B H, C, K) -> (B, T, H, K)."""
-    return rearrange(x, "n (b h) c k -> b (n c) h k", b=rows)[:, :length]
 
 
 class Reach(NamedTuple):

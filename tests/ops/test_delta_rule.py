@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from synapse_arch.ops import delta_rule
-from synapse_arch.ops._wy import unit_lower_inverse
-from synapse_arch.ops.delta_rule import Rule
+from synapse_arch.ops.delta_rule import Rule, unit_lower_inverse
 from tests.contracts.cases import draw_delta, draw_gated_product, keys, normal
 from tests.helpers import Tensors, assert_close, assert_same, cast, measure
 

@@ -14,7 +14,6 @@ import argparse
 import re
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import decoding, ops, parity, training
-from benchmarks.gpu.timing import limits
+from benchmarks.gpu.timing import attempt, limits
 from benchmarks.gpu.tuning import few_configs
 from benchmarks.measure import ROOT, Figure, environment, table, write_report
 from synapse_arch import ExpertsConfig, MemoryConfig, SynapseConfig, ThalamusConfig, XLSTMConfig
@@ -160,19 +159,7 @@ def _guarded(name: str, run: Run) -> list[Figure]:
         return [
             Figure(what=f"{name}: not measured, the time was up", values=(1.0,), unit="count", goal=0.0, exact=True)
         ]
-    try:
-        return PARTS[name](run)
-    except Exception as error:  # a GPU is borrowed for minutes: one part must not take the others with it
-        traceback.print_exc()
-        message = f"{type(error).__name__}: {error}"[:2000]
-        return [
-            Figure(
-                what=f"{name}: failures", values=(1.0,), unit="count", goal=0.0, exact=True, details={"error": message}
-            )
-        ]
-    finally:
-        if run.device == "cuda":
-            torch.cuda.empty_cache()
+    return attempt(name, lambda: PARTS[name](run), run.device)
 
 
 def _parser() -> argparse.ArgumentParser:

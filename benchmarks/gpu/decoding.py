@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.timing import Jobs, interleaved
+from benchmarks.gpu.timing import attempt, interleaved
 from benchmarks.gpu.training import narrow
 from benchmarks.measure import Figure
 from synapse_arch import SynapseConfig, SynapseModel
@@ -22,19 +23,33 @@ def measure(
     model = narrow(SynapseModel(config).to(device).eval())
     figures = []
     for batch in batches:
-        jobs = _jobs(model, batch, device, compiled and batch == batches[0])  # compiling takes a minute a batch size
-        times = interleaved(jobs, rounds, device, repeat=20)
-        needed = weight_bytes(model, batch)
-        for form, taken in times.items():
+        forms = {"eager": True, "CUDA graph": device == "cuda"}
+        fuses = compiled and batch == batches[0]  # it takes a minute a batch size
+        forms |= {"compiled": fuses, "compiled, CUDA graph": fuses and device == "cuda"}
+        for form in (form for form, wanted in forms.items() if wanted):
             what = f"decoding, {form}, B {batch}"
-            figures += [
-                Figure(what=what, values=tuple(batch / t for t in taken), unit="tokens/s"),
-                Figure(
-                    what=f"{what}: share of the bandwidth limit", unit="share",
-                    values=tuple(needed / t / bandwidth for t in taken), details={"bytes of weights": needed},
-                ),
-            ]  # fmt: skip
+            figures += attempt(what, partial(_steps, model, form, what, batch, device, bandwidth, rounds), device)
     return figures
+
+
+def _steps(
+    model: SynapseModel, form: str, what: str, batch: int, device: str, bandwidth: float, rounds: int
+) -> list[Figure]:
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    step = compiled_step() if form.startswith("compiled") else eager_step
+    if form.endswith("graph"):
+        graphed = GraphedStep(model, model.init_state(batch), step=step)
+        times = interleaved({form: lambda: graphed(ids)}, rounds, device, repeat=20)[form]
+    else:
+        times = interleaved({form: _stepper(model, ids, step)}, rounds, device, repeat=20)[form]
+    needed = weight_bytes(model, batch)
+    return [
+        Figure(what=what, values=tuple(batch / t for t in times), unit="tokens/s"),
+        Figure(
+            what=f"{what}: share of the bandwidth limit", unit="share",
+            values=tuple(needed / t / bandwidth for t in times), details={"bytes of weights": needed},
+        ),
+    ]  # fmt: skip
 
 
 def weight_bytes(model: SynapseModel, batch: int) -> int:
@@ -49,24 +64,10 @@ def weight_bytes(model: SynapseModel, batch: int) -> int:
     return total
 
 
-def _jobs(model: SynapseModel, batch: int, device: str, compiled: bool) -> Jobs:
-    ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    jobs: Jobs = {"eager": _stepper(model, ids, eager_step)}
-    if compiled:
-        torch.compiler.reset()
-        jobs["compiled"] = _stepper(model, ids, compiled_step())
-    if device == "cuda":
-        graphed = GraphedStep(model, model.init_state(batch))
-        jobs["CUDA graph"] = lambda: graphed(ids)
-        if compiled:
-            both = GraphedStep(model, model.init_state(batch), step=compiled_step())
-            jobs["compiled, CUDA graph"] = lambda: both(ids)
-    return jobs
-
-
 def _stepper(model: SynapseModel, ids: Tensor, step: Step) -> Callable[[], None]:
-    """Steps one after another, the state going from each to the next."""
-    state = model.init_state(len(ids))
+    """Steps one after another, the state going from each to the next; it begins in the dtypes it stays in."""
+    with torch.no_grad():
+        _, state = eager_step(model, ids, model.init_state(len(ids)), None)
 
     def run() -> None:
         nonlocal state

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
+import gc
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -11,12 +12,6 @@ import torch
 from benchmarks.measure import Figure
 
 Jobs = dict[str, Callable[[], object]]
-
-
-def wait(device: str) -> None:
-    """Until the device has done what it was told."""
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def interleaved(jobs: Jobs, rounds: int, device: str, *, repeat: int = 1) -> dict[str, list[float]]:
@@ -68,6 +63,16 @@ def limits(device: str, *, size: int, bytes_moved: int, rounds: int) -> list[Fig
     ]  # fmt: skip
 
 
-def median(times: list[float]) -> float:
-    """The middle one."""
-    return statistics.median(times)
+def attempt(what: str, measurement: Callable[[], list[Figure]], device: str) -> list[Figure]:
+    """Its figures; where it fails, one that misses its goal: a GPU is borrowed for minutes, the rest must still run."""
+    try:
+        return measurement()
+    except Exception as error:  # whatever it was, it is in the file
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"[:2000]
+        details = {"error": message}
+        return [Figure(what=f"{what}: failures", values=(1.0,), unit="count", goal=0.0, exact=True, details=details)]
+    finally:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu.timing import interleaved
+from benchmarks.gpu.timing import attempt, interleaved
 from benchmarks.measure import Figure
 from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.model.accounting import active_parameters
@@ -36,17 +37,19 @@ def ours(
     total = sum(p.numel() for p in _meta(config).parameters())
     size = active_parameters(config)
     sizes = {"active parameters, embedding table not counted": size, "parameters": total}
-    figures = []
-    for form in ("eager", "compiled") if compiled else ("eager",):
+
+    def steps(form: str) -> list[Figure]:
         model = SynapseModel(config).to(device).train()
         if form == "compiled":
             torch.compiler.reset()
             for layer in model.layers:
                 layer.compile(fullgraph=True)
-        figures += _steps(
-            f"training, {form}", _our_loss(model), model, size, batch, length, device, rate, rounds, sizes
-        )
-        del model
+        what = f"training, {form}"
+        return _steps(what, _our_loss(model), model, size, batch, length, device, rate, rounds, sizes)
+
+    figures = []
+    for form in ("compiled", "eager") if compiled else ("eager",):
+        figures += attempt(f"training, {form}", partial(steps, form), device)
     return figures
 
 

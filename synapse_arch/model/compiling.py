@@ -75,7 +75,7 @@ class GraphedStep:
         state.check_against(model, state.batch_size, device=device)
         self._ids = torch.zeros(state.batch_size, 1, dtype=torch.long, device=device)
         with torch.no_grad():
-            _, after = step(model, self._ids, state, None)
+            _, after = eager_step(model, self._ids, state, None)
         # A narrow model's fresh state is narrower than those it returns.
         layers = map_tensors(lambda mine, other: mine.to(other.dtype, copy=True), state.layers, after.layers)
         self._state = SynapseState(layers, state.position.clone())

@@ -195,6 +195,14 @@ class Numbers:
         return max((len(self.cell(task).scores) for task in self.tasks), default=0)
 
     @property
+    def searched(self) -> tuple[int, int]:
+        """Combinations of task, model and steps: those trained in several cells of the grid, and all."""
+        cells: dict[tuple[str, str, int], set[tuple[float, float]]] = {}
+        for run in self.runs:
+            cells.setdefault((run["task"], run["model"], run["steps"]), set()).add((run["lr"], run["weight_decay"]))
+        return sum(len(tried) > 1 for tried in cells.values()), len(cells)
+
+    @property
     def costliest(self) -> str | None:
         """The changed part that costs most bits per byte."""
         costs = {}

@@ -10,7 +10,7 @@ import pytest
 PROGRAMS = (
     "recipes.train", "recipes.finetune", "recipes.evaluate", "recipes.tokenizer", "recipes.curves", "recipes.sharded",
     "merge", "merge.ties", "merge.search", "merge.upcycle", "serving", "serving.chat",
-    "benchmarks.autosize", "benchmarks.core", "benchmarks.merge", "benchmarks.merging.digits",
+    "benchmarks.autosize", "benchmarks.core", "benchmarks.gpu", "benchmarks.merge", "benchmarks.merging.digits",
     "benchmarks.merging.language", "benchmarks.peers", "benchmarks.quality", "benchmarks.quality.consolidation",
     "benchmarks.quality.longer", "benchmarks.quality.memory", "benchmarks.quality.routing", "benchmarks.serving",
     "benchmarks.training", "paper.build",

@@ -6,6 +6,7 @@
     python -m benchmarks.quality --task memorization --scale published --device cuda
     python -m benchmarks.quality --task bytes --model synapse transformer --time          how fast each is here
     python -m benchmarks.quality --task bytes --model synapse transformer --seconds 120   equal wall time
+    python -m benchmarks.quality --task bytes --model synapse synapse:no-memory --steps 180 --lr 2e-3 --bf16
     python -m benchmarks.quality --table                                       what is known, beside published scores
     python -m benchmarks.quality --list                                        tasks and models
 
@@ -56,6 +57,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(explain("--jobs", "1 or more", options.jobs))
     if options.seconds is not None and not options.seconds > 0:
         raise ConfigError(explain("--seconds", "a positive number", options.seconds))
+    if options.steps is not None and options.steps < 1:
+        raise ConfigError(explain("--steps", "1 or more", options.steps))
     if options.weight_decay and not options.lr:
         raise ConfigError(explain("--weight-decay", "--lr beside it", "none", "both replace the task's grid"))
     if (options.time or options.seconds is not None) and (options.scale, options.device) != ("cpu", "cpu"):
@@ -80,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
         futures = [
             pool.submit(
                 runs.experiment, task, model, scale=options.scale, seeds=tuple(options.seeds), cells=cells,
-                steps=_steps(task, model, options.seconds), results=options.results, device=options.device,
+                steps=options.steps or _steps(task, model, options.seconds), results=options.results, device=options.device,
                 bf16=options.bf16,
             )
             for task, model in work
@@ -118,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
         "--lr", nargs="+", type=float, default=[], help="learning rates to try, instead of the task's grid"
     )
     parser.add_argument("--weight-decay", nargs="+", type=float, default=[], help="with --lr: weight decays to try (0)")
-    parser.add_argument("--seconds", type=float, help="equal training time of every model, instead of equal steps")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, help="equal training time of every model, instead of equal steps")
+    length.add_argument("--steps", type=int, help="optimizer steps of every model, instead of the task's")
     parser.add_argument(
         "--time", action="store_true", help="time a step of each model, for --seconds; nothing is trained"
     )

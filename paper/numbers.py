@@ -101,16 +101,14 @@ class Numbers:
         return best(run for run in runs if run["model"] == model)
 
     def pair(self, task: str, model: str) -> tuple[Cell, Cell]:
-        """This library's model and one with a part changed: after as many steps, or else as much time."""
+        """This library's model and one with a part changed: after as many steps, or else as much time; else none."""
         changed = best(run for run in self._of(task) if run["model"] == model)
         ours = [run for run in self._of(task) if run["model"] == OURS]
         if not changed.found:
             return self.cell(task), changed
         other = changed.records[0]
-        alike = [run for run in ours if run["steps"] == other["steps"]] or [
-            run for run in ours if self._near(run, other)
-        ]
-        return (best(alike) if alike else self.cell(task)), changed
+        alike = [run for run in ours if run["steps"] == other["steps"]]
+        return best(alike or [run for run in ours if self._near(run, other)]), changed
 
     def _of(self, task: str) -> list[Record]:
         return [run for run in self.runs if run["task"] == task]
@@ -118,6 +116,8 @@ class Numbers:
     def _at_equal_time(self) -> list[Record]:
         """The runs on bytes that were planned for one time: that of the most models, the longest of equals."""
         runs = self._of(BYTES)
+        if BYTES not in self.speeds:
+            return runs
         groups = [[run for run in runs if self._near(run, ours)] for ours in runs if ours["model"] == OURS]
 
         def rank(group: list[Record]) -> tuple[int, int]:
@@ -126,9 +126,9 @@ class Numbers:
         return max(groups, key=rank, default=runs)
 
     def _near(self, one: Record, other: Record) -> bool:
-        """Whether two runs were planned for about the same time; where steps were not timed all are."""
+        """Whether two runs were planned for about the same time; a model whose steps were not timed was not."""
         first, second = (self._planned(record) for record in (one, other))
-        return first is None or second is None or abs(first / second - 1) < SAME_TIME
+        return first is not None and second is not None and abs(first / second - 1) < SAME_TIME
 
     def _planned(self, record: Record) -> float | None:
         """Seconds that a run's steps take on a quiet machine."""

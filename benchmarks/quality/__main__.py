@@ -80,11 +80,11 @@ def _run(options: argparse.Namespace) -> None:
     with ProcessPoolExecutor(
         options.jobs, mp_context=get_context("spawn"), initializer=runs.prepare, initargs=(threads,)
     ) as pool:
+        common = {"results": options.results, "device": options.device, "bf16": options.bf16}
         futures = [
             pool.submit(
                 runs.experiment, task, model, scale=options.scale, seeds=tuple(options.seeds), cells=cells,
-                steps=options.steps or _steps(task, model, options.seconds), results=options.results, device=options.device,
-                bf16=options.bf16,
+                steps=options.steps or _steps(task, model, options.seconds), **common,
             )
             for task, model in work
         ]  # fmt: skip

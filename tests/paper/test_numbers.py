@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import records
+from benchmarks.quality.models import ABLATIONS
 from paper import numbers
+from synapse_arch import SynapseConfig
 from tests.paper import fixture
 from tests.paper.fixture import record
 
@@ -99,6 +101,44 @@ def test_models_on_text_are_compared_at_equal_time(tmp_path: Path) -> None:
     assert [cell.median for cell in found.pair("bytes", "synapse:dense-experts")] == [1.9, 2.0], "as much time"
     assert found.costliest == "synapse:dense-experts"
     assert (found.read_in(5) or {})["score"] == 2.2, "the other took more than five minutes"
+
+
+def test_what_was_neither_timed_nor_trained_as_long_is_not_compared(tmp_path: Path) -> None:
+    runs = [
+        record("bytes", "synapse", 0, 2.0, steps=300),
+        record("bytes", "mamba2", 0, 1.9, steps=300),
+        record("bytes", "synapse:no-memory", 0, 2.3, steps=100),
+        record("s3", "synapse", 0, 0.99, steps=300),
+        record("s3", "synapse:no-memory", 0, 0.5, steps=200),
+    ]
+    (tmp_path / "speed").mkdir()
+    speed = {"task": "bytes", "step_seconds": {"synapse": 1.0, "mamba2": 1.0}}
+    (tmp_path / "speed" / "bytes.json").write_text(json.dumps(speed))
+    found = fixture.numbers(tmp_path, runs)
+    assert not found.cell("bytes", "synapse:no-memory").found
+    for task in ("bytes", "s3"):
+        ours, changed = found.pair(task, "synapse:no-memory")
+        assert not ours.found
+        assert changed.found
+    assert found.costliest is None
+
+
+def test_how_much_of_the_grid_was_searched(tmp_path: Path) -> None:
+    runs = [record("s3", "mamba2", 0, 0.5, lr=lr) for lr in (1e-3, 3e-3)]
+    runs += [record("s3", "synapse", seed, 0.5) for seed in (0, 1)] + [record("s3", "synapse", 0, 0.5, steps=7)]
+    assert fixture.numbers(tmp_path, runs).searched == (1, 3)
+
+
+def test_a_changed_part_is_compared_with_the_default_it_was_changed_in() -> None:
+    """The committed records: what differs between the two configurations is the change, and nothing else."""
+    found = numbers.gather()
+    for name in found.ablations:
+        change = ABLATIONS[name.partition(":")[2]][1]
+        for task in found.ran([name]):
+            ours, changed = found.pair(task, name)
+            if ours.found:
+                wanted = change(SynapseConfig.from_dict(ours.config))
+                assert SynapseConfig.from_dict(changed.config) == wanted, (task, name)
 
 
 def test_where_our_model_leads_and_where_it_is_level(tmp_path: Path) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
-PROGRAMS = (
-    "recipes.train", "recipes.finetune", "recipes.evaluate", "recipes.tokenizer", "recipes.curves", "recipes.sharded",
-    "merge", "merge.ties", "merge.search", "merge.upcycle", "serving", "serving.chat",
-    "benchmarks.autosize", "benchmarks.core", "benchmarks.gpu", "benchmarks.merge", "benchmarks.merging.digits",
-    "benchmarks.merging.language", "benchmarks.peers", "benchmarks.quality", "benchmarks.quality.consolidation",
-    "benchmarks.quality.longer", "benchmarks.quality.memory", "benchmarks.quality.routing", "benchmarks.serving",
-    "benchmarks.training", "paper.build",
-)  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for package in ("recipes", "merge", "serving", "benchmarks", "paper")
+    for file in (ROOT / package).rglob("*.py")
+    if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
+)
+
+
+def test_programs_are_found() -> None:
+    assert {"recipes.train", "merge", "merge.ties", "serving", "benchmarks.gpu", "paper.build"} <= set(PROGRAMS)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")

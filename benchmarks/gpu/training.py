@@ -20,6 +20,8 @@ from synapse_arch.ops import _triton
 GOAL = 0.4
 THEIRS = ("KDA", "GatedDeltaNet")
 """Models of fla that are tried as peers."""
+HEAD = 64
+"""Width of their heads."""
 
 
 def narrow(model: SynapseModel) -> SynapseModel:
@@ -140,9 +142,8 @@ def _their_model(name: str, config: SynapseConfig) -> nn.Module:
     import fla.models as models
 
     make, settings = getattr(models, f"{name}ForCausalLM"), getattr(models, f"{name}Config")
-    heads = {"KDA": 64, "GatedDeltaNet": 64}.get(name)
-    width = {"head_dim": heads} if heads else {}
-    shape = {"hidden_size": config.d_model, "vocab_size": config.vocab_size, "num_heads": config.d_model // 64, **width}
+    heads = {"num_heads": config.d_model // HEAD, "head_dim": HEAD}
+    shape = {"hidden_size": config.d_model, "vocab_size": config.vocab_size, **heads}
 
     def built(layers: int, device: str) -> nn.Module:
         with torch.device(device):

@@ -1,8 +1,8 @@
 """Every recurrence against the loop that defines it and other people's implementation of the same function.
 
 The other implementations are the pure-PyTorch forms of transformers, and of mambapy and mlstm_kernels where these are
-installed (`make peers` does so, in an environment of their own). None is timed before its outputs
-and gradients equal ours.
+installed (`make peers` does so, in an environment of their own). None is timed before its outputs and gradients equal
+ours.
 
 B batch, T time, H heads, K and N key and state width, V and P value width.
 """

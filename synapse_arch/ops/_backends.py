@@ -67,7 +67,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast narrows matrix products on `x`'s device."""
-    kind = x.device.type  # "meta" has none; torch's own question after that cannot be compiled before torch 2.12
+    kind = x.device.type  # "meta" has none; torch.amp.is_autocast_available cannot be compiled before 2.12
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 

@@ -107,3 +107,14 @@ def test_a_peer_that_takes_too_long_is_not_called_with_longer_texts() -> None:
     times = {quick: [0.1, 99.0, 0.1], slow: [functions.PATIENCE + 1.0] * 3, "ours": [0.1] * 3}
     figure = Figure(what="mlstm", values=(1.0,), unit="ratio", goal=None, details={"seconds": times})
     assert list(functions._without_slow(function, [figure]).peers) == [quick]
+
+
+def test_a_peer_whose_steps_take_too_long_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "PATIENCE", -1.0)
+    found = language.training(TINY, label="tiny", batch=1, length=8, rounds=3, peers=["llama"])
+    assert [len(figure.values) for figure in found] == [3, 1]
+    assert language.patient(found) == []
+    monkeypatch.setattr(language, "PATIENCE", 60.0)
+    found = language.training(TINY, label="tiny", batch=1, length=8, rounds=3, peers=["llama"])
+    assert [len(figure.values) for figure in found] == [3, 3]
+    assert language.patient(found) == ["llama"]

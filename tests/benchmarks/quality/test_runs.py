@@ -191,11 +191,22 @@ def test_command(tiny: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for wrong, named in (
         (["--jobs", "0"], "--jobs"),
         (["--seconds", "-1"], "--seconds"),
+        (["--steps", "0"], "--steps"),
         (["--weight-decay", "0.1"], "--weight-decay"),
         (["--time", "--scale", "published"], "--time"),
     ):
         assert command.main(["--task", "parity", *wrong]) == 2
         assert named in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--task", "parity", "--steps", "2", "--seconds", "2"])
     record = perform(RUN, **folders(tmp_path))
     assert command.main(["--table", "--results", str(tmp_path / "results")]) == 0
     assert f"{100 * record['score']:.1f}" in capsys.readouterr().out
+
+
+def test_steps_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    task = ["--task", "memorization", "--model", "transformer", "--lr", "1e-3", "--seeds", "0"]
+    assert command.main([*task, "--steps", "2", "--results", str(tmp_path)]) == 0
+    (file,) = tmp_path.rglob("*.json")
+    assert file.name == "transformer__lr0.001_wd0_s0_n2.json"
+    assert json.loads(file.read_text())["steps_done"] == 2

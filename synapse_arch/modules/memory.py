@@ -48,7 +48,7 @@ class MemoryConfig:
         d_value: V.
         rule: "delta" (a write first erases what its key held) or "hebbian" (it adds).
         n_householder: M, delta writes a token makes one after another, each with its own key, value and strength. Two
-            can rotate the state, which one cannot: with two a single layer learns the permutations of three things.
+            can rotate the state, which one cannot: a single layer follows permutations of three things further (paper).
         write_gate: strengths apart for what a write erases (a head's, in (0, beta_max)) and for what it adds (each
             value channel's, in (0, 1)); with the hebbian rule only the latter act.
         d_conv: W, positions the short convolution sees.

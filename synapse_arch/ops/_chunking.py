@@ -18,15 +18,28 @@ from synapse_arch.ops._opaque import opaque
 
 def chunk_heads(x: Tensor, size: int) -> Tensor:
     """(B, T, H, ...) -> contiguous (B, H, N, C, ...), the last chunk padded with zeros."""
+    return rearrange(_filled_up(x, size), "b (n c) h ... -> b h n c ...", c=size).contiguous()
+
+
+def chunks_first(x: Tensor, size: int) -> Tensor:
+    """The same as contiguous (N, B H, C, ...): each chunk in one piece."""
+    return rearrange(_filled_up(x, size), "b (n c) h ... -> n (b h) c ...", c=size).contiguous()
+
+
+def _filled_up(x: Tensor, size: int) -> Tensor:
+    """(B, T, ...) -> (B, N C, ...), with zeros behind the end."""
     padding = -x.shape[1] % size
-    if padding:
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
-    return rearrange(x, "b (n c) h ... -> b h n c ...", c=size).contiguous()
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding)) if padding else x
 
 
 def unchunk_heads(x: Tensor, length: int) -> Tensor:
     """(B, H, N, C, K) -> (B, T, H, K)."""
     return rearrange(x, "b h n c k -> b (n c) h k")[:, :length]
+
+
+def unchunk_first(x: Tensor, rows: int, length: int) -> Tensor:
+    """(N, B H, C, K) -> (B, T, H, K)."""
+    return rearrange(x, "n (b h) c k -> b (n c) h k", b=rows)[:, :length]
 
 
 class Reach(NamedTuple):
@@ -72,14 +85,14 @@ def gated_scores(
     """Computes y = (q kᵀ ∘ W) v with W = exp(log_weights): what a chunk reads of its own writes.
 
     Args:
-        q: (B, G, N, c, K); head h uses group h // (H / G).
+        q: (B, G, N, p, K), p readers of c writes; head h uses group h // (H / G).
         k: (B, G, N, c, K).
         v: (B, H, N, c, V).
-        log_weights: (B, H, N, c, c) how much of j's write is left at i.
+        log_weights: (B, H, N, p, c) how much of j's write is left at i.
         pairs: who may read whom, see `Reach`; None where the log weights say it, by -inf.
 
     Returns:
-        y (B, H, N, c, V), and the last row of W (B, H, N, c): what is left of each write at the chunk's end.
+        y (B, H, N, p, V), and the last row of W (B, H, N, c): what is left of each write at the chunk's end.
     """
     return _GatedScores.apply(q, k, v, log_weights, pairs)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -99,7 +112,7 @@ class _GatedScores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, weights, pairs = ctx.saved_tensors
         if grad is None:
-            grad = torch.zeros_like(v)
+            grad = v.new_zeros(*v.shape[:3], q.shape[3], v.shape[4])
         scores = _by_group(_scores(q, k, pairs), weights)
         grad_v = scores.transpose(-1, -2) @ grad
         arriving = grad @ v.transpose(-1, -2)

@@ -77,6 +77,24 @@ def opaque(
     return run
 
 
+def operator(function: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    """A function without gradients, which is one operator of torch while torch.compile looks on.
+
+    Args:
+        function: what is computed; its outputs share no memory with each other or with its arguments.
+        schema: "name(arguments) -> (outputs)" in torch's language.
+    """
+    name, _, rest = schema.partition("(")
+    call = torch.library.custom_op(f"synapse_arch::{name}", function, mutates_args=(), schema=f"({rest}")
+    call.register_fake(function)
+    overload = call._opoverload
+
+    def run(*args: Any) -> Any:
+        return (overload if torch.compiler.is_compiling() else function)(*args)
+
+    return run
+
+
 class _Record(SimpleNamespace):
     """Stands in for autograd's context where there is none."""
 

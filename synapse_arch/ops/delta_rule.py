@@ -11,7 +11,7 @@ B batch, T time, M writes a position, H heads, K key width, V value width, N chu
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,18 @@ from synapse_arch.errors import ConfigError, explain
 from synapse_arch.ops import _triton
 from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
-from synapse_arch.ops._chunking import carry, chunk_heads, decay_gaps, reach, unchunk_heads
-from synapse_arch.ops._opaque import opaque
+from synapse_arch.ops._chunking import (
+    carry,
+    chunk_heads,
+    chunks_first,
+    decay_gaps,
+    gated_scores,
+    reach,
+    unchunk_first,
+    unchunk_heads,
+)
 from synapse_arch.ops._packing import segment_index
+from synapse_arch.ops._wy import delta_chunks
 
 Rule = Literal["delta", "hebbian"]
 
@@ -199,134 +208,31 @@ def _by_kernel(z: _Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
 
 
 def _chunked(z: _Inputs, rule: Rule, size: int) -> tuple[Tensor, Tensor]:
-    """The WY form: a chunk of delta writes is one triangular system (Yang et al. 2024a, §3; decays 2024b).
-
-    With Γ_ij = exp(G_i − G_j) for j <= i:  A = I + tril(diag(β) K Kᵀ ∘ Γ, −1),  [U, W] = A⁻¹ [w ∘ V, β e^G K];
-    the effective writes are V' = U − W S, the output (e^G Q) S + tril(Q Kᵀ ∘ Γ) V'. The M writes of a position share
-    its G; only the queries' rows of the output are ever formed.
-    """
-    length, steps = z.q.shape[1], z.steps
-    visible = reach(z.segments, size, length, z.q.device)
-    q = chunk_heads(z.q, size)  # (B, H, N, p, K)
-    k = chunk_heads(z.k, size * steps)  # (B, H, N, c, K)
-    v = chunk_heads(z.v, size * steps)
-    beta = chunk_heads(z.beta, size * steps)  # (B, H, N, c)
-    log_decay = chunk_heads(z.log_decay, size)  # (B, H, N, p)
-    decays = decay_gaps(log_decay).exp().masked_fill(~visible.pairs, 0.0)  # Γ at the positions
-    from_start = log_decay.cumsum(-1).exp()
+    """Chunks of `size` positions with their writes, side by side; a carried state between them."""
+    added = z.v * (z.beta[..., None] if z.write is None else z.write)
+    visible = reach(z.segments, size, z.q.shape[1], z.q.device)
+    rates = chunk_heads(z.log_decay, size)  # (B, H, N, p)
+    gaps, from_start = decay_gaps(rates).masked_fill(~visible.pairs, -torch.inf), rates.cumsum(-1).exp()
     if visible.carried is not None:
         from_start = from_start * visible.carried
-    to_writes = _repeat(decays, steps, -1)  # (B, H, N, p, c)
-    scores = (q @ k.transpose(-1, -2)) * to_writes
-    keys_out = (k * to_writes[..., -1, :, None]).transpose(-1, -2)  # (B, H, N, K, c)
-    through = from_start[..., -1]
-    added = None if z.write is None else chunk_heads(z.write, size * steps) * v  # w ∘ V
-    if rule == "hebbian":
-        writes = beta[..., None] * v if added is None else added
-        entering, final = carry(through, keys_out @ writes, z.state)
-    else:
-        overlap = (k @ k.transpose(-1, -2)) * (_repeat(to_writes, steps, -2) * beta[..., None])
-        inverse = unit_lower_inverse(overlap.tril(-1))
-        solve = inverse * beta[..., None, :]  # A⁻¹ diag(β)
-        erased = (solve * _repeat(from_start, steps, -1)[..., None, :]) @ k  # W
-        u = solve @ v if added is None else inverse @ added
-        entering, writes, final = _corrected(u, erased, keys_out, through, z.state)
-    o = torch.addcmul(scores @ writes, q @ entering, from_start[..., None])
-    return unchunk_heads(o, length), final
+    form = _chunked_delta if rule == "delta" else _chunked_hebbian
+    return form(z, added, gaps, from_start)
 
 
-def _repeat(x: Tensor, steps: int, dim: int) -> Tensor:
-    """Every entry along `dim` for each of the writes of its position."""
-    return x if steps == 1 else x.repeat_interleave(steps, dim)
+def _chunked_delta(z: _Inputs, added: Tensor, gaps: Tensor, from_start: Tensor) -> tuple[Tensor, Tensor]:
+    """One triangular system a chunk, see `_wy`."""
+    (rows, length), size = z.q.shape[:2], gaps.shape[-1]
+    q = chunks_first(z.q, size)  # (N, B H, p, K)
+    k, added, beta = (chunks_first(x, size * z.steps) for x in (z.k, added, z.beta))  # (N, B H, c, ...)
+    gaps, from_start = (x.movedim(2, 0).flatten(1, 2) for x in (gaps, from_start))
+    o, final = delta_chunks(q, k, added, beta, gaps, from_start, z.state.flatten(0, 1))
+    return unchunk_first(o, rows, length), final.unflatten(0, z.state.shape[:2])
 
 
-class _Corrected(torch.autograd.Function):
-    """The recurrence over chunks of the delta rule: V' = U − W S, S ← decay · S + keysᵀ V'."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, w: Tensor, keys: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-        entering = torch.empty(*u.shape[:3], *state.shape[2:], dtype=u.dtype, device=u.device)
-        writes = torch.empty_like(u)
-        for n in range(u.shape[2]):
-            entering[:, :, n] = state
-            written = u[:, :, n] - w[:, :, n] @ state
-            writes[:, :, n] = written
-            state = torch.addcmul(keys[:, :, n] @ written, state, decay[:, :, n, None, None])
-        ctx.save_for_backward(w, keys, decay, entering, writes)
-        return entering, writes, state
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_entering: Tensor, grad_writes: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:
-        w, keys, decay, entering, writes = ctx.saved_tensors
-        grad_u = torch.empty_like(writes)
-        leaving = torch.empty_like(entering)  # the gradient of each chunk's outgoing state
-        grad = grad_final
-        for n in reversed(range(decay.shape[2])):
-            leaving[:, :, n] = grad
-            written = grad_writes[:, :, n] + keys[:, :, n].transpose(-1, -2) @ grad
-            grad_u[:, :, n] = written
-            grad = torch.addcmul(grad_entering[:, :, n], grad, decay[:, :, n, None, None])
-            grad = grad - w[:, :, n].transpose(-1, -2) @ written
-        grad_w = -grad_u @ entering.transpose(-1, -2)
-        grad_keys = leaving @ writes.transpose(-1, -2)
-        return grad_u, grad_w, grad_keys, (leaving * entering).sum((-2, -1)), grad
-
-
-def unit_lower_inverse(strict: Tensor) -> Tensor:
-    """(I + L)⁻¹ of strictly lower triangular matrices, by doubling the inverted diagonal blocks.
-
-    As stable as forward substitution: only true inverses of diagonal blocks are ever multiplied.
-
-    Args:
-        strict: (..., c, c) matrices L; what stands on and above the diagonal must be zero.
-
-    Returns:
-        (..., c, c), unit lower triangular.
-    """
-    return _inverse(strict)  # type: ignore[no-any-return]
-
-
-class _UnitLowerInverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, strict: Tensor) -> Tensor:
-        size = strict.shape[-1]
-        width = 1 << (size - 1).bit_length()  # the next power of two; the rest is padded with identity
-        lower = F.pad(strict, (0, width - size, 0, width - size)).flatten(0, -3)
-        inverse = torch.eye(width, dtype=strict.dtype, device=strict.device).repeat(lower.shape[0], 1, 1)
-        half = 1
-        while half < width:
-            blocks = width // (2 * half)
-            corner = _diagonal_blocks(lower, blocks)[:, :, half:, :half]
-            inverted = _diagonal_blocks(inverse, blocks)
-            first, second = inverted[:, :, :half, :half], inverted[:, :, half:, half:]
-            inverted[:, :, half:, :half] = -(second @ corner @ first)
-            half *= 2
-        inverse = inverse[:, :size, :size].reshape(strict.shape)
-        ctx.save_for_backward(inverse)
-        return inverse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (inverse,) = ctx.saved_tensors
-        transposed = inverse.transpose(-1, -2)
-        return -(transposed @ grad @ transposed).tril(-1)  # type: ignore[no-any-return]
-
-
-def _diagonal_blocks(x: Tensor, blocks: int) -> Tensor:
-    """(M, c, c) -> a view (M, blocks, c / blocks, c / blocks) of the blocks on the diagonal."""
-    size = x.shape[-1] // blocks
-    rows = x.unflatten(1, (blocks, size)).unflatten(3, (blocks, size))  # (M, blocks, size, blocks, size)
-    return rows.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # type: ignore[no-any-return]
-
-
-_corrected = opaque(
-    _Corrected,
-    "corrected(Tensor u, Tensor w, Tensor keys, Tensor decay, Tensor state)"
-    " -> (Tensor entering, Tensor writes, Tensor final)",
-    keep=("w", "keys", "decay", "entering", "writes"),
-)
-
-
-_inverse = opaque(_UnitLowerInverse, "unit_lower_inverse(Tensor strict) -> (Tensor inverse)", keep=("inverse",))
+def _chunked_hebbian(z: _Inputs, added: Tensor, gaps: Tensor, from_start: Tensor) -> tuple[Tensor, Tensor]:
+    """Gated scores inside chunks; the M writes of a position share its decay."""
+    length, size, steps = z.q.shape[1], gaps.shape[-1], z.steps
+    q, k, added = (chunk_heads(x, size * n) for x, n in ((z.q, 1), (z.k, steps), (added, steps)))
+    o, to_end = gated_scores(q, k, added, gaps.repeat_interleave(steps, -1))
+    entering, final = carry(from_start[..., -1], (k * to_end[..., None]).transpose(-1, -2) @ added, z.state)
+    return unchunk_heads(torch.addcmul(o, q @ entering, from_start[..., None]), length), final

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from synapse_arch.ops import delta_rule
-from synapse_arch.ops.delta_rule import Rule, unit_lower_inverse
+from synapse_arch.ops._wy import unit_lower_inverse
+from synapse_arch.ops.delta_rule import Rule
 from tests.contracts.cases import draw_delta, draw_gated_product, keys, normal
 from tests.helpers import Tensors, assert_close, assert_same, cast, measure
 
@@ -179,3 +180,19 @@ def test_it_stays_accurate_over_long_reflections() -> None:
     _, exact = delta_rule(**cast(z, torch.float64), backend="reference")
     _, fast = delta_rule(**z)
     assert_close(fast, exact)
+
+
+@pytest.mark.parametrize("kept", ["y", "state"])
+@pytest.mark.parametrize("rule", ["delta", "hebbian"])
+def test_a_loss_of_one_output_alone(rule: Rule, kept: str) -> None:
+    """The other then has no gradient; with several writes its shape is not theirs."""
+
+    def measured(backend: str) -> Tensors:
+        def outputs(z: Tensors) -> Tensors:
+            found = dict(zip(("y", "state"), delta_rule(**z, rule=rule, backend=backend), strict=True))
+            return {kept: found[kept]}
+
+        return measure(outputs, tensors)
+
+    tensors = draw_gated_product(2, 50)
+    assert_same(measured("chunked"), measured("reference"))

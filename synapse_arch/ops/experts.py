@@ -65,7 +65,7 @@ def expert_swiglu(
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else x.dtype
     if backend == "auto" and chosen == "grouped" and is_step(sizes["n"]) and w_in.dtype != torch.bfloat16:
         return _gathered_step(x.to(dtype), w_in, w_out, indices, weights)
-    x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
+    x = x.to(dtype)  # weights follow expert by expert
     if chosen == "grouped" and (reason := _ungroupable(x, sizes)):
         chosen = fall_back("expert_swiglu", backend, "grouped", "sorted", reason)
     if chosen == "reference":
@@ -108,9 +108,9 @@ def _reference(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights:
     """Every expert on every token, weighted by zero where it was not chosen."""
     y = torch.zeros_like(x)
     for e in range(w_in.shape[0]):
-        gate, up = (x @ w_in[e]).chunk(2, dim=-1)
+        gate, up = (x @ w_in[e].to(x.dtype)).chunk(2, dim=-1)
         share = torch.where(indices == e, weights, 0.0).sum(-1, keepdim=True).to(x.dtype)
-        y = y + share * ((F.silu(gate) * up) @ w_out[e])
+        y = y + share * ((F.silu(gate) * up) @ w_out[e].to(x.dtype))
     return y
 
 
@@ -121,9 +121,9 @@ def _rowwise(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: T
         return torch.zeros_like(x)
     visited = indices >= 0
     x = torch.where(visited.any(1, keepdim=True), x, 0.0)
-    gate, up = torch.stack([x @ w_in[e] for e in used]).chunk(2, dim=-1)
+    gate, up = torch.stack([x @ w_in[e].to(x.dtype) for e in used]).chunk(2, dim=-1)
     hidden = F.silu(gate) * up
-    rows = torch.stack([hidden[i] @ w_out[e] for i, e in enumerate(used)])  # (experts used, n, D)
+    rows = torch.stack([hidden[i] @ w_out[e].to(x.dtype) for i, e in enumerate(used)])  # (experts used, n, D)
     place = torch.zeros(w_in.shape[0], dtype=torch.long)
     place[used] = torch.arange(len(used))
     chosen = place.to(x.device)[indices.clamp(min=0)]
@@ -137,8 +137,8 @@ def _step(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tens
     y = torch.zeros_like(x)
     for slot, e in enumerate(indices[0].tolist()):
         if e >= 0:
-            gate, up = torch.mm(x, w_in[e]).chunk(2, dim=-1)
-            y.addcmul_(torch.mm(F.silu(gate).mul_(up), w_out[e]), weights[:, slot, None].to(x.dtype))
+            gate, up = torch.mm(x, w_in[e].to(x.dtype)).chunk(2, dim=-1)
+            y.addcmul_(torch.mm(F.silu(gate).mul_(up), w_out[e].to(x.dtype)), weights[:, slot, None].to(x.dtype))
     return y
 
 
@@ -170,7 +170,7 @@ def _grouped(x: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, share: Tenso
     ends = counts.cumsum(0).to(torch.int32)
     used = (torch.arange(order.shape[0], device=x.device) < ends[-1])[:, None]
     share = torch.where(used[:, 0], share, 0.0)
-    w_in, w_out = w_in.contiguous(), w_out.contiguous()
+    w_in, w_out = w_in.to(x.dtype).contiguous(), w_out.to(x.dtype).contiguous()
     # What a grouped product leaves behind its last offset, forward and backward, is whatever memory held: cut off.
     hidden = F.grouped_mm(torch.where(used, x[order // slots], 0.0), w_in, offs=ends)
     gate, up = torch.where(used, hidden, 0.0).chunk(2, dim=-1)
@@ -226,7 +226,10 @@ def _with_zeros(x: Tensor) -> Tensor:
 
 
 class _Sorted(torch.autograd.Function):
-    """One pair of products an expert. Keeps the first product only; writes each weight gradient where it belongs."""
+    """One pair of products an expert. Keeps the first product only; writes each weight gradient where it belongs.
+
+    Weights wider than x are narrowed expert by expert: no copy of the stacks is made or kept.
+    """
 
     @staticmethod
     def forward(
@@ -238,9 +241,9 @@ class _Sorted(torch.autograd.Function):
         rows = x.new_empty(token.shape[0] + 1, x.shape[1])
         rows[-1] = 0.0
         for e, span in spans:
-            torch.mm(source[token[span]], w_in[e], out=hidden[span])
+            torch.mm(source[token[span]], w_in[e].to(x.dtype), out=hidden[span])
             gate, up = hidden[span].chunk(2, dim=-1)
-            torch.mm(F.silu(gate).mul_(up), w_out[e], out=rows[span])
+            torch.mm(F.silu(gate).mul_(up), w_out[e].to(x.dtype), out=rows[span])
         ctx.save_for_backward(x, w_in, w_out, order, weights, counts, hidden)
         ctx.mark_non_differentiable(hidden)
         ctx.set_materialize_grads(False)
@@ -268,24 +271,32 @@ class _Sorted(torch.autograd.Function):
             gate, up = hidden[span].chunk(2, dim=-1)
             lit = F.silu(gate)
             active = lit * up
-            back = came @ w_out[e].T
+            back = came @ w_out[e].to(x.dtype).T
             if wants_weights:
                 grad_scales[span] = torch.linalg.vecdot(back, active)
             if grad_out is not None:
-                torch.mm(active.T, came * scale, out=grad_out[e])
+                _product(active.T, came * scale, grad_out[e])
             back *= scale
             before = torch.empty_like(hidden[span])
             torch.mul(back, lit, out=before[:, lit.shape[1] :])
-            before[:, : lit.shape[1]] = torch.ops.aten.silu_backward(back.mul_(up), gate)
+            torch.ops.aten.silu_backward(back.mul_(up), gate, grad_input=before[:, : lit.shape[1]])
             if grad_in is not None:
-                torch.mm(source[token[span]].T, before, out=grad_in[e])
+                _product(source[token[span]].T, before, grad_in[e])
             if rows is not None:
-                torch.mm(before, w_in[e].T, out=rows[span])
+                torch.mm(before, w_in[e].to(x.dtype).T, out=rows[span])
         grad_x = None
         if rows is not None:
             rows[-1] = 0.0
             grad_x = _gathered(rows, row, None)
         return grad_x, grad_in, grad_out, None, grad_scales[row], None
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Writes a @ b, widened where `out` is wider."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def _gathered(rows: Tensor, row: Tensor, weights: Tensor | None) -> Tensor:

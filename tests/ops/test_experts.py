@@ -197,3 +197,18 @@ def test_a_step_by_gathered_weights(dtype: torch.dtype) -> None:
             *(z[name] for name in ("x", "w_in", "w_out")), indices[token : token + 1], z["weights"]
         )
         assert_same({"y": found}, {"y": expected})
+
+
+@pytest.mark.parametrize("backend", ["sorted", "grouped", "rowwise"])
+def test_under_autocast_weights_are_narrowed_as_if_before(backend: str) -> None:
+    """Expert by expert or all at once: the same bits, and gradients in each tensor's own dtype."""
+    tensors, indices = draw(torch.float32), route()
+
+    def narrowed(z: Tensors) -> Tensors:
+        narrow = {name: z[name].bfloat16() for name in ("x", "w_in", "w_out")}
+        return {"y": expert_swiglu(**narrow, weights=z["weights"], indices=indices, backend=backend)}
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = run(backend, indices, tensors)
+    expected = measure(narrowed, tensors)
+    assert_equal(ours, expected)

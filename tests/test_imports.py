@@ -108,3 +108,10 @@ print(sorted(set({OPTIONAL!r}) & (set(sys.modules) - before)))
     command = [sys.executable, "-W", "error", "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_importing_the_package_does_not_import_the_compiler() -> None:
+    """It takes a second, as long as torch itself."""
+    code = "import sys, torch, synapse_arch; print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "False"

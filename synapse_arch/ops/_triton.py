@@ -64,10 +64,13 @@ def _obstacle(values: Tensor, widest: torch.dtype, key: int, value: int) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def missing() -> str:
     """Why this machine has no kernels; empty if it has."""
     return _missing()
+
+
+# torch.compiler.assume_constant_result sets it too, but imports the compiler, which takes a second.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -206,6 +206,16 @@ def test_write_strengths_have_no_kernel() -> None:
         ops.delta_rule(**z, beta=torch.ones(1, 2, 1), write=torch.ones(1, 2, 1, 16), backend="triton")
 
 
+def test_looking_for_the_package_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked() -> str:
+        torch._dynamo.graph_break()
+        return "none"
+
+    monkeypatch.setattr(_triton, "_missing", looked)
+    call: Any = torch.compile(lambda x: x + len(_triton.missing()), fullgraph=True, backend="eager")
+    assert call(torch.zeros(1)).item() == 4
+
+
 def test_a_missing_or_an_old_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(__import__("sys").modules, "fla", None)

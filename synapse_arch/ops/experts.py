@@ -79,7 +79,9 @@ def expert_swiglu(
     weights = torch.where(indices >= 0, weights, 0.0).to(x.dtype)
     if chosen == "grouped":
         return _grouped(x, w_in, w_out, order, weights.reshape(-1)[order], counts)
-    return _sorted(x, w_in, w_out, order, weights, counts)[0]  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _sorted(x, w_in, w_out, order, weights, counts)[0]  # type: ignore[no-any-return]
+    return _through(x, w_in, w_out, _place(x, order, counts), weights)
 
 
 def _check_indices(indices: Tensor, experts: int) -> None:
@@ -235,19 +237,13 @@ class _Sorted(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, weights: Tensor, counts: Tensor
     ) -> tuple[Tensor, Tensor]:
-        spans, token, row = _place(x, order, counts)
-        source = _with_zeros(x)
-        hidden = x.new_empty(token.shape[0], w_in.shape[2])
-        rows = x.new_empty(token.shape[0] + 1, x.shape[1])
-        rows[-1] = 0.0
-        for e, span in spans:
-            torch.mm(source[token[span]], w_in[e].to(x.dtype), out=hidden[span])
-            gate, up = hidden[span].chunk(2, dim=-1)
-            torch.mm(F.silu(gate).mul_(up), w_out[e].to(x.dtype), out=rows[span])
+        places = _place(x, order, counts)
+        hidden = x.new_empty(places.token.shape[0], w_in.shape[2])
+        y = _through(x, w_in, w_out, places, weights, hidden)
         ctx.save_for_backward(x, w_in, w_out, order, weights, counts, hidden)
         ctx.mark_non_differentiable(hidden)
         ctx.set_materialize_grads(False)
-        return _gathered(rows, row, weights), hidden
+        return y, hidden
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -291,6 +287,22 @@ class _Sorted(torch.autograd.Function):
         return grad_x, grad_in, grad_out, None, grad_scales[row], None
 
 
+def _through(
+    x: Tensor, w_in: Tensor, w_out: Tensor, places: _Rows, weights: Tensor, hidden: Tensor | None = None
+) -> Tensor:
+    """One pair of products an expert, the first of which is written into `hidden` (R, 2F) where that is given."""
+    spans, token, row = places
+    source = _with_zeros(x)
+    rows = x.new_empty(token.shape[0] + 1, x.shape[1])
+    rows[-1] = 0.0
+    for e, span in spans:
+        given = source.index_select(0, token[span])
+        first = torch.mm(given, w_in[e].to(x.dtype), out=None if hidden is None else hidden[span])
+        gate, up = first.chunk(2, dim=-1)
+        torch.mm(F.silu(gate).mul_(up), w_out[e].to(x.dtype), out=rows[span])
+    return _gathered(rows, row, weights)
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Writes a @ b, widened where `out` is wider."""
     if out.dtype == a.dtype:
@@ -301,7 +313,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _gathered(rows: Tensor, row: Tensor, weights: Tensor | None) -> Tensor:
     """(R + 1, D) rows, the last one zeros -> (n, D), each token's sum over its slots."""
-    picked = rows[row]
+    picked = rows.index_select(0, row.flatten()).view(*row.shape, -1)
     return (picked if weights is None else picked.mul_(weights[..., None])).sum(1)
 
 

@@ -1,36 +1,52 @@
-"""The records as one Markdown table: a row a task, a column a model, published scores beside them."""
+"""The records as Markdown, a row a model and number of steps: only what was trained as long is compared."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.quality.records import Cell, best, read
+from benchmarks.quality.records import Cell, Record, best, read
 from benchmarks.quality.tasks import TASKS
+
+COLUMNS = ("model", "steps", "score", "seeds", "learning rate", "tried")
 
 
 def table(results: Path, tasks: Sequence[str] = ()) -> str:
-    """Median score of each task and model, with the least and the largest of the seeds, and what was published."""
-    found = read(results)
-    rows = sorted({(record["task"], record["scale"]) for record in found if not tasks or record["task"] in tasks})
-    rows.sort(key=lambda row: list(TASKS).index(row[0]))
-    models = sorted({record["model"] for record in found if (record["task"], record["scale"]) in rows})
-    models.sort(key=lambda name: (name != "synapse", ":" in name))
-    lines = [["task", *models, "bar", "published"], ["---"] * (len(models) + 3)]
-    for task, scale in rows:
-        cells = [
-            best(r for r in found if (r["task"], r["scale"], r["model"]) == (task, scale, model)) for model in models
-        ]
-        published = ", ".join(f"{name} {score:g}" for name, score in TASKS[task].published.items())
-        bar = TASKS[task].bar
-        lines.append([f"{task} ({scale})", *map(_score, cells), "" if bar is None else f"{bar:g}", published])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """Of every task the bar, what was published, and each model's median score with the least and largest of its seeds.
+
+    `tried` counts the learning rates and weight decays that the row's were chosen from.
+    """
+    found = [record for record in read(results) if not tasks or record["task"] in tasks]
+    kinds = sorted({(record["task"], record["scale"]) for record in found}, key=lambda kind: list(TASKS).index(kind[0]))
+    return "\n\n".join(
+        _of_task(*kind, [record for record in found if (record["task"], record["scale"]) == kind]) for kind in kinds
+    )
+
+
+def _of_task(task: str, scale: str, found: Iterable[Record]) -> str:
+    rows: dict[tuple[str, int], list[Record]] = {}
+    for record in found:
+        rows.setdefault((record["model"], record["steps"]), []).append(record)
+    order = sorted(rows, key=lambda row: (row[0] != "synapse", ":" in row[0], *row))
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(_row(*row, rows[row]) for row in order)]
+    return "\n".join([_heading(task, scale), "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _heading(task: str, scale: str) -> str:
+    bar = TASKS[task].bar
+    published = ", ".join(f"{name} {score:g}" for name, score in TASKS[task].published.items())
+    parts = [f"{task} ({scale})", "" if bar is None else f"bar {bar:g}", published and f"published: {published}"]
+    return "; ".join(part for part in parts if part)
+
+
+def _row(model: str, steps: int, found: Sequence[Record]) -> list[str]:
+    cell = best(found)
+    tried = len({(record["lr"], record["weight_decay"]) for record in found})
+    return [model, f"{steps:,}", _score(cell), str(len(cell.records)), f"{cell.lr:g}", str(tried)]
 
 
 def _score(cell: Cell) -> str:
-    if cell.median is None:
-        return ""
     scale, digits = (1, 3) if cell.bits else (100, 1)
     scores = [scale * score for score in cell.scores]
     spread = f" ({min(scores):.{digits}f}–{max(scores):.{digits}f})" if len(scores) > 1 else ""
-    return f"{scale * cell.median:.{digits}f}{spread}"
+    return f"{scale * (cell.median or 0.0):.{digits}f}{spread}"

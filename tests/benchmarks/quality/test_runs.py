@@ -159,7 +159,7 @@ def test_best_takes_the_median_and_knows_that_fewer_bits_are_better() -> None:
     assert best(record | {"metric": "bits_per_byte"} for record in records).lr == 1
 
 
-def test_table_shows_the_cell_with_the_most_seeds_and_the_most_steps(tmp_path: Path) -> None:
+def test_table_compares_equal_training(tmp_path: Path) -> None:
     records = [made_up("synapse", 1e-3, seed, score) for seed, score in enumerate((0.5, 0.7, 0.6))]
     records += [made_up("synapse", 3e-3, 0, 0.9), made_up("mamba2", 3e-3, 0, 0.25)]
     records += [made_up("mamba2", 3e-3, 0, 0.99, steps=5)]
@@ -168,9 +168,15 @@ def test_table_shows_the_cell_with_the_most_seeds_and_the_most_steps(tmp_path: P
         file = tmp_path / "parity" / f"{index}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(record))
-    rows = table(tmp_path).splitlines()
-    assert rows[0].startswith("| task | synapse | mamba2 | bar |")
-    assert rows[2].startswith("| parity (cpu) | 60.0 (50.0–70.0) | 25.0 | 100 |")
+    steps = records[0]["steps"]
+    heading, _, columns, _, *rows = table(tmp_path).splitlines()
+    assert heading.startswith("parity (cpu); bar 100; published: ")
+    assert columns == "| model | steps | score | seeds | learning rate | tried |"
+    assert rows == [
+        f"| synapse | {steps:,} | 60.0 (50.0–70.0) | 3 | 0.001 | 2 |",
+        "| mamba2 | 5 | 99.0 | 1 | 0.003 | 1 |",
+        f"| mamba2 | {steps:,} | 25.0 | 1 | 0.003 | 1 |",
+    ]
 
 
 def test_equal_time_is_counted_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,12 +118,27 @@ class Numbers:
         runs = self._of(BYTES)
         if BYTES not in self.speeds:
             return runs
-        groups = [[run for run in runs if self._near(run, ours)] for ours in runs if ours["model"] == OURS]
+        return max(self._groups(), key=lambda group: len({run["model"] for run in group}), default=runs)
 
-        def rank(group: list[Record]) -> tuple[int, int]:
-            return len({run["model"] for run in group}), max(run["steps"] for run in group)
+    def _groups(self) -> list[list[Record]]:
+        """The runs on bytes by the time they were planned for, around those of this library's model, longest first."""
+        runs = self._of(BYTES)
+        ours = {run["steps"]: run for run in runs if run["model"] == OURS}
+        return [[run for run in runs if self._near(run, ours[steps])] for steps in sorted(ours, reverse=True)]
 
-        return max(groups, key=rank, default=runs)
+    @property
+    def longer(self) -> dict[float, dict[str, Cell]]:
+        """By planned seconds: what this library's model and fewer peers reached on bytes when trained longer."""
+        found, main = {}, self._at_equal_time()
+        for group in self._groups():
+            if not group or group == main:  # no step was timed, or what follows was trained no longer
+                break
+            cells = {name: best(run for run in group if run["model"] == name) for name in (OURS, *self.peers)}
+            known = {name: cell for name, cell in cells.items() if cell.found}
+            seconds = self._planned(known[OURS].records[0])
+            if seconds is not None and len(known) > 1:
+                found[seconds] = known
+        return dict(sorted(found.items()))
 
     def _near(self, one: Record, other: Record) -> bool:
         """Whether two runs were planned for about the same time; a model whose steps were not timed was not."""
@@ -275,12 +290,9 @@ class Numbers:
         return Bar("configurations on the four MAD tasks", value, "one", met)
 
     def _text_bars(self) -> list[Bar]:
-        ours = self.cell(BYTES).median
-        peers = [median for name in self.peers if (median := self.cell(BYTES, name).median) is not None]
-        least = min(peers, default=None)
-        met = None if ours is None or least is None else ours < least
-        goal = "below every peer" if least is None else f"below {least:.3f}, the best peer"
-        bars = [Bar("bytes, equal wall time, bits per byte", _bits(ours), goal, met)]
+        names = (OURS, *self.peers)
+        bars = [_equal_time("bytes, equal wall time", {name: self.cell(BYTES, name) for name in names})]
+        bars += [_equal_time(f"bytes, {seconds:.0f} seconds each", cells) for seconds, cells in self.longer.items()]
         for name, minutes in MINUTES.items():
             run, limit = self.read_in(minutes), self.compressor(name)
             reached = None if run is None else float(run["score"])
@@ -301,6 +313,16 @@ class Numbers:
             load = float(self.routing["trained"]["summary"]["load"]["largest_over_fair"])
             value, met = f"{load:.2f}", load <= FAIR_LOADS
         return [*bars, Bar("largest load of an expert, in fair shares", value, f"at most {FAIR_LOADS}", met)]
+
+
+def _equal_time(what: str, cells: Mapping[str, Cell]) -> Bar:
+    """Whether this library's model is ahead of every peer that was run."""
+    ours = cells[OURS].median
+    peers = [cell.median for name, cell in cells.items() if name != OURS and cell.median is not None]
+    least = min(peers, default=None)
+    met = None if ours is None or least is None else ours < least
+    goal = "below every peer" if least is None else f"below {least:.3f}, the best peer"
+    return Bar(f"{what}, bits per byte", _bits(ours), goal, met)
 
 
 def _optional(file: Path) -> Record | None:

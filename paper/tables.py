@@ -107,15 +107,17 @@ def _size(cell: Cell) -> str:
 
 
 def text(numbers: Numbers) -> str:
-    """Bits per byte of every model that was run on bytes, and of the compressors."""
-    rows = []
-    for model in shown(numbers, [BYTES]):
-        cell = numbers.cell(BYTES, model)
-        size = [whole(cell.active_parameters), whole(cell.parameters), whole(cell.steps), whole(cell.seconds)]
-        rows.append([name(model), spread(cell), *size])
+    """Bits per byte of every model that was run on bytes, of those trained longer, and of the compressors."""
+    rows = [_text_row(name(model), numbers.cell(BYTES, model)) for model in shown(numbers, [BYTES])]
+    for seconds, cells in numbers.longer.items():
+        rows += [_text_row(f"{name(model)}, {seconds:.0f} seconds", cell) for model, cell in cells.items()]
     rows += [[packer, fixed(numbers.compressor(packer), 3), "", "", "", ""] for packer in ("gzip -9", "xz -9")]
     head = ["Model", "Bits per byte", "Active parameters", "Parameters", "Steps", "Seconds of training"]
     return markdown(head, rows)
+
+
+def _text_row(title: str, cell: Cell) -> list[str]:
+    return [title, spread(cell), *map(whole, (cell.active_parameters, cell.parameters, cell.steps, cell.seconds))]
 
 
 def ablations(numbers: Numbers) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.quality import records
 from benchmarks.quality.models import ABLATIONS
-from paper import numbers
+from paper import numbers, tables
 from synapse_arch import SynapseConfig
 from tests.paper import fixture
 from tests.paper.fixture import record
@@ -101,6 +101,31 @@ def test_models_on_text_are_compared_at_equal_time(tmp_path: Path) -> None:
     assert [cell.median for cell in found.pair("bytes", "synapse:dense-experts")] == [1.9, 2.0], "as much time"
     assert found.costliest == "synapse:dense-experts"
     assert (found.read_in(5) or {})["score"] == 2.2, "the other took more than five minutes"
+    assert found.longer == {}, "no peer was trained as long as the longer of ours"
+
+
+def test_fewer_models_that_were_trained_longer_are_compared_beside_all(tmp_path: Path) -> None:
+    runs = [
+        record("bytes", "synapse", 0, 2.4, steps=50),
+        record("bytes", "mamba2", 0, 2.6, steps=100),
+        record("bytes", "synapse", 0, 2.2, steps=100),
+        record("bytes", "mamba2", 0, 2.3, steps=200),
+        record("bytes", "mlstm", 0, 2.1, steps=100),
+        record("bytes", "synapse", 0, 1.8, steps=300),
+        record("bytes", "mamba2", 0, 1.9, steps=610),
+    ]
+    (tmp_path / "speed").mkdir()
+    speed = {"task": "bytes", "step_seconds": {"synapse": 1.0, "mamba2": 0.5, "mlstm": 1.0}}
+    (tmp_path / "speed" / "bytes.json").write_text(json.dumps(speed))
+    found = fixture.numbers(tmp_path, runs)
+    assert found.cell("bytes").median == 2.2
+    medians = {time: {name: cell.median for name, cell in cells.items()} for time, cells in found.longer.items()}
+    assert medians == {300.0: {"synapse": 1.8, "mamba2": 1.9}}
+    bars = {bar.what: bar for bar in found.bars}
+    assert bars["bytes, equal wall time, bits per byte"].met is False
+    assert bars["bytes, 300 seconds each, bits per byte"].met is True
+    rows = tables.text(found).splitlines()
+    assert any("300 seconds" in row and "1.800" in row and "300" in row for row in rows)
 
 
 def test_what_was_neither_timed_nor_trained_as_long_is_not_compared(tmp_path: Path) -> None:

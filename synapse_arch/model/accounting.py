@@ -91,8 +91,8 @@ def _recurrence(module: Mamba | XLSTM | FastWeightMemory, chunked: bool) -> int:
         scores = 2 * size * c.d_state * (c.n_groups - module.n_heads)  # heads of a group share theirs
         return int(scores + module.n_heads * _head(c.d_state, c.head_dim, size))
     if isinstance(module, XLSTM):
-        key, value = module.d_key, module.d_value + 1  # the normaliser is one more value column
-        return int(c.n_heads * _head(key, value, _chunk(mlstm) if chunked else 0))
+        head = _head(module.d_key, module.d_value, _chunk(mlstm) if chunked else 0)
+        return int(c.n_heads * (head + 4 * module.d_key))  # the normaliser is a row more of the state
     return int(c.n_heads * _memory_head(c, _chunk(delta_rule) if chunked else 0))
 
 

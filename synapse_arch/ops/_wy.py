@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.ops._backends import no_autocast
+from synapse_arch.ops._chunking import each_write
 from synapse_arch.ops._opaque import opaque, operator
 
 
@@ -51,10 +52,10 @@ class _DeltaChunks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         steps = k.shape[2] // q.shape[2]
         decays = gaps.exp()
-        to_writes = _repeat(decays, steps)
+        to_writes = each_write(decays, steps)
         overlap = _times_rows(k @ k.transpose(-1, -2), to_writes).tril_(-1)
         inverse = unit_lower_inverse(overlap * beta[..., None])
-        erasing = k * (beta * _repeat(from_start, steps))[..., None]
+        erasing = k * (beta * each_write(from_start, steps))[..., None]
         solved = inverse @ torch.cat([added, erasing], dim=-1)
         scores = (q @ k.transpose(-1, -2)).mul_(to_writes)
         keys_out = k * to_writes[..., -1, :, None]
@@ -73,7 +74,7 @@ class _DeltaChunks(torch.autograd.Function):
     def _gradients(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:
         q, k, beta, decays, from_start, overlap, inverse, solved, scores, entering, writes = ctx.saved_tensors
         steps, width = k.shape[2] // q.shape[2], writes.shape[-1]
-        to_writes = _repeat(decays, steps)
+        to_writes = each_write(decays, steps)
         leaving, grad_u = _write_chunks_backward(
             solved,
             k * to_writes[..., -1, :, None],
@@ -95,7 +96,7 @@ class _DeltaChunks(torch.autograd.Function):
         grad_solved = inverse.transpose(-1, -2) @ torch.cat([grad_u, grad_w], dim=-1)
         del grad_u, grad_w
         grad_added, grad_erasing = grad_solved[..., :width], grad_solved[..., width:]
-        shared, along = _repeat(from_start, steps), torch.linalg.vecdot(grad_erasing, k)
+        shared, along = each_write(from_start, steps), torch.linalg.vecdot(grad_erasing, k)
         grad_k.addcmul_(grad_erasing, (beta * shared)[..., None])
         grad_from_start += _fold(beta * along, steps, 2)
         grad_overlap = (grad_solved @ solved.transpose(-1, -2)).neg_().tril_(-1)
@@ -133,11 +134,6 @@ def _overlap_backward(
     grad_k += grad_pairs @ k
     grad_k += grad_pairs.transpose(-1, -2) @ k
     return grad_beta
-
-
-def _repeat(x: Tensor, steps: int) -> Tensor:
-    """(..., p) -> (..., c): every position's entry for each of its writes."""
-    return x if steps == 1 else x.repeat_interleave(steps, -1)
 
 
 def _fold(x: Tensor, steps: int, dim: int) -> Tensor:

@@ -21,16 +21,8 @@ from synapse_arch.errors import ConfigError, explain
 from synapse_arch.ops import _triton
 from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
-from synapse_arch.ops._chunking import (
-    carry,
-    chunk_heads,
-    chunks_first,
-    decay_gaps,
-    gated_scores,
-    reach,
-    unchunk_first,
-    unchunk_heads,
-)
+from synapse_arch.ops._chunking import Reach, chunks_first, decay_gaps, reach, unchunk_first
+from synapse_arch.ops._linear import linear_chunks
 from synapse_arch.ops._packing import segment_index
 from synapse_arch.ops._wy import delta_chunks
 
@@ -209,30 +201,27 @@ def _by_kernel(z: _Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
 
 def _chunked(z: _Inputs, rule: Rule, size: int) -> tuple[Tensor, Tensor]:
     """Chunks of `size` positions with their writes, side by side; a carried state between them."""
-    added = z.v * (z.beta[..., None] if z.write is None else z.write)
-    visible = reach(z.segments, size, z.q.shape[1], z.q.device)
-    rates = chunk_heads(z.log_decay, size)  # (B, H, N, p)
-    gaps, from_start = decay_gaps(rates).masked_fill(~visible.pairs, -torch.inf), rates.cumsum(-1).exp()
-    if visible.carried is not None:
-        from_start = from_start * visible.carried
     form = _chunked_delta if rule == "delta" else _chunked_hebbian
-    return form(z, added, gaps, from_start)
+    return form(z, reach(z.segments, size, z.q.shape[1], z.q.device), size)
 
 
-def _chunked_delta(z: _Inputs, added: Tensor, gaps: Tensor, from_start: Tensor) -> tuple[Tensor, Tensor]:
+def _chunked_delta(z: _Inputs, visible: Reach, size: int) -> tuple[Tensor, Tensor]:
     """One triangular system a chunk, see `_wy`."""
-    (rows, length), size = z.q.shape[:2], gaps.shape[-1]
-    q = chunks_first(z.q, size)  # (N, B H, p, K)
-    k, added, beta = (chunks_first(x, size * z.steps) for x in (z.k, added, z.beta))  # (N, B H, c, ...)
-    gaps, from_start = (x.movedim(2, 0).flatten(1, 2) for x in (gaps, from_start))
-    o, final = delta_chunks(q, k, added, beta, gaps, from_start, z.state.flatten(0, 1))
-    return unchunk_first(o, rows, length), final.unflatten(0, z.state.shape[:2])
+    dtype, rows = z.state.dtype, z.state.shape[:2]
+    added = z.v * (z.beta[..., None] if z.write is None else z.write)
+    rates = chunks_first(z.log_decay, size, dtype).unflatten(1, rows)  # (N, B, H, p)
+    gaps = decay_gaps(rates).masked_fill(~visible.pairs.unsqueeze(-3), -torch.inf)
+    from_start = rates.cumsum(-1).exp()
+    if visible.carried is not None:
+        from_start = from_start * visible.carried[:, :, None]
+    q = chunks_first(z.q, size, dtype)  # (N, B H, p, K)
+    k, added, beta = (chunks_first(x, size * z.steps, dtype) for x in (z.k, added, z.beta))  # (N, B H, c, ...)
+    o, final = delta_chunks(q, k, added, beta, gaps.flatten(1, 2), from_start.flatten(1, 2), z.state.flatten(0, 1))
+    return unchunk_first(o, *z.q.shape[:2]), final.unflatten(0, rows)
 
 
-def _chunked_hebbian(z: _Inputs, added: Tensor, gaps: Tensor, from_start: Tensor) -> tuple[Tensor, Tensor]:
-    """Gated scores inside chunks; the M writes of a position share its decay."""
-    length, size, steps = z.q.shape[1], gaps.shape[-1], z.steps
-    q, k, added = (chunk_heads(x, size * n) for x, n in ((z.q, 1), (z.k, steps), (added, steps)))
-    o, to_end = gated_scores(q, k, added, gaps.repeat_interleave(steps, -1))
-    entering, final = carry(from_start[..., -1], (k * to_end[..., None]).transpose(-1, -2) @ added, z.state)
-    return unchunk_heads(torch.addcmul(o, q @ entering, from_start[..., None]), length), final
+def _chunked_hebbian(z: _Inputs, visible: Reach, size: int) -> tuple[Tensor, Tensor]:
+    """A linear recurrence, see `_linear`."""
+    v, write = (z.v, z.beta) if z.write is None else (z.v * z.write, torch.ones_like(z.beta))
+    o, _, final = linear_chunks(z.q, z.k, v, write, z.log_decay, z.state.transpose(-1, -2), visible, size)
+    return o, final.transpose(-1, -2).contiguous()

@@ -20,7 +20,8 @@ from synapse_arch.errors import StateError, explain
 from synapse_arch.ops import _triton
 from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
-from synapse_arch.ops._chunking import Reach, carry, chunk_heads, decay_gaps, gated_scores, reach, unchunk_heads
+from synapse_arch.ops._chunking import reach
+from synapse_arch.ops._linear import linear_chunks
 from synapse_arch.ops._packing import segment_index
 
 
@@ -42,7 +43,7 @@ def mlstm(
     *,
     segment_ids: Tensor | None = None,
     mask: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     backend: str = "auto",
 ) -> tuple[Tensor, MLSTMState]:
     """Runs the mLSTM cell over a sequence.
@@ -89,8 +90,6 @@ def mlstm(
     lacking = "its gradients are too far off where texts are packed or padded" if loose else ""
     chosen = _triton.choose("mlstm", backend, v, dtype, sizes["K"], sizes["V"], lacking)
     with no_autocast(v):
-        narrow = v.dtype if chosen == "triton" and sizes["T"] > 1 else dtype
-        qs, ks, vs = widen(narrow, (q, k, v))
         log_i, log_f = i.to(dtype), F.logsigmoid(f.to(dtype))
         if mask is not None:
             log_i = log_i.masked_fill(~mask[..., None], -torch.inf)
@@ -99,16 +98,19 @@ def mlstm(
             state = fresh_state(sizes["B"], sizes["H"], sizes["K"], sizes["V"], like=log_i)
         state = MLSTMState(*widen(dtype, state))
         segments = segment_index(segment_ids, mask)
+        if chosen == "chunked" and sizes["T"] > 1:
+            h, final = _chunked(q, k, v, log_i, log_f, state, segments, min(chunk_size, sizes["T"]))
+            return h.to(v.dtype), final
+        narrow = v.dtype if chosen == "triton" and sizes["T"] > 1 else dtype
+        qs, ks, vs = widen(narrow, (q, k, v))
         if chosen == "triton" and sizes["T"] > 1:
             h, final = _by_kernel(qs, ks, vs, log_i, log_f, state, segments)
             return h.to(v.dtype), final
         qs = qs * sizes["K"] ** -0.5
         if is_step(sizes["T"]) and chosen != "reference":
             h, final = _step(qs, ks, vs, log_i, log_f, state)
-        elif chosen == "reference" or sizes["T"] == 1:
-            h, final = _reference(qs, ks, vs, log_i, log_f, state, segments)
         else:
-            h, final = _chunked(qs, ks, vs, log_i, log_f, state, segments, min(chunk_size, sizes["T"]))
+            h, final = _reference(qs, ks, vs, log_i, log_f, state, segments)
     return h.to(v.dtype), final
 
 
@@ -160,44 +162,16 @@ def _step(
 def _chunked(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState, segments: Tensor | None, size: int
 ) -> tuple[Tensor, MLSTMState]:
-    """Gated score matrices inside chunks, a carried (C, n) between them; v carries a column of ones for n.
-
-    The stabiliser cancels in h, so it is a constant to the gradient everywhere but in the state returned.
-    """
-    length = q.shape[1]
-    visible = reach(segments, size, length, q.device)
-    padding = -length % size
-    log_i = F.pad(log_i, (0, 0, 0, padding), value=-torch.inf)
-    log_i, log_f = chunk_heads(log_i, size), chunk_heads(log_f, size)  # (B, H, N, c)
-    q, k = chunk_heads(q, size), chunk_heads(k, size)  # (B, H, N, c, K)
-    v1 = chunk_heads(F.pad(v, (0, 1), value=1.0), size)  # (B, H, N, c, V+1)
-
-    total = log_f.cumsum(-1)
-    gates = decay_gaps(log_f) + log_i[..., None, :]  # log weight of j's write at i
-    gates = gates.masked_fill(~visible.pairs, -torch.inf)
-    largest = gates.detach().amax(-1)
-    entering, m_final = _stabilisers(total, log_f, gates[..., -1, :].amax(-1), visible, state.m)
-    from_start = total + entering.detach()[..., None]  # log weight of the incoming state at i
-    if visible.carried is not None:
-        decayed = (visible.pairs.to(log_f.dtype) @ log_f[..., None]).squeeze(-1)  # from the segment's own start
-        fresh = torch.where(visible.carried, from_start, decayed)
-        from_start = from_start.masked_fill(~visible.carried, -torch.inf)
-    else:
-        fresh = from_start
-    m = torch.maximum(fresh.detach(), largest)
-    m_out = m[..., -1]
-
-    read, to_end = gated_scores(q, k, v1, gates - m[..., None])
-    update = (k * to_end[..., None]).transpose(-1, -2) @ v1
-    decay = (from_start[..., -1] - m_out).exp()
-    memory = torch.cat([state.C, state.n[..., None]], dim=-1)
+    """A linear recurrence relative to exp(m), see `_relative`, whose normaliser is n."""
+    decay, write, m, m_final = _relative(log_i, log_f, state.m, segments)
+    memory = torch.cat([state.C.transpose(-1, -2), state.n[:, :, None]], dim=2)  # (B, H, V + 1, K)
     memory = memory * (state.m - state.m.detach()).exp()[..., None, None]  # 1, but it lets state.m's gradient in
-    before, final = carry(decay, update, memory)
-    read = read + (q * (from_start - m).exp()[..., None]) @ before
-    h = _normalised(read[..., :-1], read[..., -1], m)
-    final = final * (m_out[..., -1] - m_final).exp()[..., None, None]
+    visible = reach(segments, size, q.shape[1], q.device)
+    read, weight, final = linear_chunks(q, k, v, write.exp(), decay, memory, visible, size)
+    h = _normalised(read, weight, m - 0.5 * math.log(q.shape[-1]))  # q is not scaled here
+    final = final * (m[:, -1] - m_final).exp()[..., None, None]
     # copies: views of one tensor could not be saved, and would keep each other alive
-    return unchunk_heads(h, length), MLSTMState(final[..., :-1].clone(), final[..., -1].clone(), m_final)
+    return h, MLSTMState(final[..., :-1, :].transpose(-1, -2).contiguous(), final[..., -1, :].clone(), m_final)
 
 
 COLUMNS = 16
@@ -207,14 +181,10 @@ COLUMNS = 16
 def _by_kernel(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState, segments: Tensor | None
 ) -> tuple[Tensor, MLSTMState]:
-    """A linear recurrence relative to exp(m), with decays exp(log f_t + m_{t-1} − m_t) and keys exp(i_t − m_t) k.
-
-    The stabiliser cancels in h, so it is a constant to the gradient everywhere but in the state returned.
-    """
-    m, m_final = _running_stabiliser(log_i, log_f, state.m, segments)
-    before = torch.cat([state.m.detach()[:, None], m[:, :-1]], dim=1)
-    g = _triton.log_decay(log_f + (before - m), segments)  # what is close is subtracted first
-    keys = ((log_i - m).exp()[..., None] * k).to(k.dtype)
+    """A linear recurrence relative to exp(m), see `_relative`."""
+    decay, write, m, m_final = _relative(log_i, log_f, state.m, segments)
+    g = _triton.log_decay(decay, segments)
+    keys = (write.exp()[..., None] * k).to(k.dtype)
     values = torch.cat([F.pad(v, (0, 1), value=1.0), v.new_zeros(*v.shape[:-1], COLUMNS - 1)], dim=-1)
     memory = F.pad(torch.cat([state.C, state.n[..., None]], dim=-1), (0, COLUMNS - 1))
     memory = memory * (state.m - state.m.detach()).exp()[..., None, None]  # 1, but it lets state.m's gradient in
@@ -223,6 +193,25 @@ def _by_kernel(
     h = _normalised(read[..., :-1], read[..., -1], m)
     final = final * (m[:, -1] - m_final).exp()[..., None, None]
     return h, MLSTMState(final[..., : v.shape[-1]].clone(), final[..., v.shape[-1]].clone(), m_final)
+
+
+def _relative(
+    log_i: Tensor, log_f: Tensor, m: Tensor, segments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The recurrence relative to exp(m): C_t = exp(log f_t + m_{t-1} − m_t) C_{t-1} + exp(i_t − m_t) k_t v_tᵀ.
+
+    The stabiliser cancels in h, so it is a constant to the gradient everywhere but in the state returned.
+
+    Returns:
+        log decays, 0 where a segment begins, and log strengths of the writes (B, T, H), none above 0; the stabiliser at
+        every position (B, T, H), without gradient, and the last one (B, H), with it.
+    """
+    every, last = _running_stabiliser(log_i, log_f, m, segments)
+    before = torch.cat([m.detach()[:, None], every[:, :-1]], dim=1)
+    decay = log_f + (before - every)  # what is close is subtracted first
+    if segments is not None:  # where m starts again it may fall, and nothing decays from before it
+        decay = decay.masked_fill(_triton.begins(segments)[..., None], 0.0)
+    return decay, log_i - every, every, last
 
 
 def _running_stabiliser(log_i: Tensor, log_f: Tensor, m: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -255,23 +244,3 @@ def _normalised(read: Tensor, weight: Tensor, m: Tensor) -> Tensor:
     limit = -math.log(torch.finfo(m.dtype).tiny)
     floor = (-m).clamp(-limit, limit).exp()
     return read / torch.maximum(weight.abs(), floor)[..., None]
-
-
-def _stabilisers(total: Tensor, log_f: Tensor, largest: Tensor, visible: Reach, m: Tensor) -> tuple[Tensor, Tensor]:
-    """The stabiliser entering each chunk (B, H, N), and the one leaving the last (B, H).
-
-    total: (B, H, N, c) cumulative log forget gates; largest: (B, H, N) the heaviest write at each chunk's end.
-    """
-    through = total[..., -1]
-    entering = []
-    if visible.carried is not None:
-        last = visible.pairs[..., -1, :].to(log_f.dtype)
-        fresh = (last * log_f).sum(-1)  # log weight at the end of what stood at the last segment's start
-        kept = visible.carried[..., -1]
-    for n in range(total.shape[2]):
-        entering.append(m)
-        base = through[..., n] + m
-        if visible.carried is not None:
-            base = torch.where(kept[..., n], base, fresh[..., n])
-        m = torch.maximum(base, largest[..., n])
-    return torch.stack(entering, dim=-1), m

@@ -156,6 +156,11 @@ class _TwoLevelScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        with no_autocast(grad_y):  # where a caller runs backward() under it
+            return _TwoLevelScan._gradients(ctx, grad_y, grad_final)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, entering, restart = ctx.saved_tensors
         chunks, size = x.shape[1:3]
         h, history = entering, [entering]

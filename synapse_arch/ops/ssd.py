@@ -8,14 +8,14 @@ B batch, T time, H heads, P head width, G groups sharing B and C, N state width,
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from synapse_arch.errors import ShapeError, explain
 from synapse_arch.ops import _triton
 from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
-from synapse_arch.ops._chunking import carry, chunk_heads, decay_gaps, gated_scores, reach, unchunk_heads
+from synapse_arch.ops._chunking import reach
+from synapse_arch.ops._linear import linear_chunks
 from synapse_arch.ops._packing import segment_index
 
 
@@ -30,7 +30,7 @@ def ssd(
     *,
     segment_ids: Tensor | None = None,
     mask: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Runs the Mamba-2 recurrence over a sequence.
@@ -77,17 +77,18 @@ def ssd(
         if state is None:
             state = x.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"], dtype=dtype)
         segments = segment_index(segment_ids, mask)
+        rates, state = steps * A.to(dtype), state.to(dtype)
+        if chosen == "chunked" and sizes["T"] > 1:
+            return _chunked(x, steps, rates, B, C, D, state, segments, min(chunk_size, sizes["T"]))
         narrow = x.dtype if chosen == "triton" and sizes["T"] > 1 else dtype
         wide = x.to(narrow)
-        args = (wide, steps, steps * A.to(dtype), B.to(narrow), C.to(narrow), state.to(dtype), segments)
+        args = (wide, steps, rates, B.to(narrow), C.to(narrow), state, segments)
         if is_step(sizes["T"]) and chosen != "reference":
             y, final = _step(*args[:-1])
         elif chosen == "reference" or sizes["T"] == 1:
             y, final = _reference(*args)
-        elif chosen == "triton":
-            y, final = _by_kernel(*args)
         else:
-            y, final = _chunked(*args, min(chunk_size, sizes["T"]))
+            y, final = _by_kernel(*args)
         if D is not None:
             y = torch.addcmul(y, wide, D.to(narrow)[:, None])
     return y.to(x.dtype), final
@@ -131,28 +132,17 @@ def _by_kernel(
 
 
 def _chunked(
-    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None, size: int
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor,
+    segments: Tensor | None,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Masked-decay matrix products inside chunks (Dao & Gu 2024, §6), a carried state between them.
-
-    The heads of a group share B and C, so they stand side by side in the products with them: (c, N) with
-    (N, R P), R = H / G heads.
-    """
-    length, _, width = x.shape[1:]
-    groups = B.shape[2]
-    visible = reach(segments, size, length, x.device)
-    rates = chunk_heads(log_decay, size)  # (B, H, n, c)
-    Bs, Cs = chunk_heads(B, size), chunk_heads(C, size)  # (B, G, n, c, N)
-    writes = chunk_heads(x * dt[..., None], size)  # (B, H, n, c, P)
-
-    y, to_end = gated_scores(Cs, Bs, writes, decay_gaps(rates), visible.pairs)
-    from_start = rates.cumsum(-1).exp()
-    if visible.carried is not None:
-        from_start = from_start * visible.carried
-        to_end = to_end * visible.pairs[..., -1, :]
-    weighted = rearrange(writes * to_end[..., None], "b (g r) n c p -> b g n (r p) c", g=groups)
-    update = rearrange(weighted @ Bs, "b g n (r p) m -> b (g r) n p m", p=width)
-    entering, final = carry(from_start[..., -1], update, state)
-    carried = Cs @ rearrange(entering, "b (g r) n p m -> b g n m (r p)", g=groups)
-    carried = rearrange(carried, "b g n c (r p) -> b (g r) n c p", p=width)
-    return unchunk_heads(torch.addcmul(y, carried, from_start[..., None]), length), final
+    """A linear recurrence, see `_linear`; the heads of a group share B and C."""
+    visible = reach(segments, size, x.shape[1], x.device)
+    y, _, final = linear_chunks(C, B, x, dt, log_decay, state, visible, size, D)
+    return y.to(x.dtype), final

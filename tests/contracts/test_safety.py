@@ -131,6 +131,16 @@ def test_autocast_does_not_narrow_an_op(case: Case) -> None:
         assert_same(case.call(narrow), expected)
 
 
+@pytest.mark.parametrize("case", OPS, ids=str)
+def test_autocast_does_not_narrow_gradients(case: Case) -> None:
+    """Where backward() too runs inside it: float32 inputs, as without."""
+    tensors = cast(case.draw(2, 70), torch.float32)
+    expected = measure(case.call, tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = measure(case.call, tensors)
+    assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("case", MODULES, ids=str)
 def test_modules_under_autocast(case: Case) -> None:
     tensors = cast(case.draw(2, 70), torch.float32)

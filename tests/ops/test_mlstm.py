@@ -84,3 +84,22 @@ def test_a_read_of_nothing_is_zero(backend: str) -> None:
     k, v = torch.randn(2, 1, 3, 1, 4)
     h, _ = mlstm(q, k, v, torch.full((1, 3, 1), 200.0), torch.zeros(1, 3, 1), backend=backend)
     assert not h.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_stabiliser_that_falls_where_a_segment_begins(backend: str) -> None:
+    """By e^200, which no float32 holds: nothing decays from one segment into the next."""
+    z = {name: x.float() for name, x in draw_mlstm(1, 40).items()}
+    segment_ids = torch.arange(40)[None] // 14
+
+    def ours(z: Tensors) -> Tensors:
+        state = MLSTMState(z["state.C"], z["state.n"], z["state.m"])
+        y, state = mlstm(
+            z["q"], z["k"], z["v"], z["i"], z["f"], state, segment_ids=segment_ids, backend=backend, chunk_size=16
+        )
+        return {"y": y, "C": state.C, "n": state.n, "m": state.m}
+
+    shifted = z | {"state.m": z["state.m"] + 200}
+    found, expected = measure(ours, shifted), measure(ours, z)
+    assert all(x.isfinite().all() for x in found.values())
+    assert_same({"y": found["y"][:, 14:]}, {"y": expected["y"][:, 14:]})

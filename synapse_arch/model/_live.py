@@ -18,7 +18,7 @@ class Live(TorchDispatchMode):
         known: tensors that do not count.
 
     Attributes:
-        peak: the most bytes at one time so far.
+        peak: the most bytes at one time, so far or since `restart`.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -26,6 +26,10 @@ class Live(TorchDispatchMode):
         self.peak: int = 0
         self._now: int = 0
         self._found = {_place(tensor): weakref.ref(tensor.untyped_storage()) for tensor in known}
+
+    def restart(self) -> None:
+        """Begins `peak` anew, with what is alive now."""
+        self.peak = self._now
 
     def __torch_dispatch__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -143,13 +143,18 @@ def training_memory(config: SynapseConfig, *, batch_size: int, length: int, devi
     few = config.experts and replace(config.experts, n_experts=config.thalamus.top_k, labels=None)
     probe = replace(config, experts=few)
     one, two = (live_bytes(replace(probe, n_layers=layers), length=length) for layers in (1, 2))
-    alive = one + (config.n_layers - 1) * (two - one)
-    needed = 12 * total + max(batch_size * alive, 4 * total + batch_size * one)
+    # Each of the two grows evenly by the layer; which is larger may depend on how many there are.
+    alive = max(a + (config.n_layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    needed = 12 * total + max(batch_size * alive, 4 * total + batch_size * max(one))
     return round(needed * (HEAP if torch.device(device).type == "cpu" else 1.0))
 
 
-def live_bytes(config: SynapseConfig, *, length: int) -> int:
-    """Bytes of tensors alive at most in a step of one row, weights and gradients not counted; counted on the CPU."""
+def live_bytes(config: SynapseConfig, *, length: int) -> tuple[int, int]:
+    """Bytes of tensors alive at most in a step of one row, weights and gradients not counted; counted on the CPU.
+
+    Returns:
+        the most until the loss is there, with the states of all layers, and the most from then on.
+    """
     model = SynapseModel(config).train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -158,8 +163,10 @@ def live_bytes(config: SynapseConfig, *, length: int) -> int:
     with torch.enable_grad(), Live(own) as live:
         loss = model(ids, targets=ids).loss
         assert loss is not None, "targets were given"
+        forward = live.peak
+        live.restart()
         loss.backward()
-    return int(live.peak)
+    return forward, live.peak
 
 
 def predict(

@@ -83,7 +83,7 @@ class _DeltaChunks(torch.autograd.Function):
             (q * from_start[..., None]).transpose(-1, -2) @ grad,
             grad_final,
         )
-        grad_state, leaving = leaving[0], leaving[1:]
+        grad_state, leaving = leaving[0].clone(), leaving[1:]  # a view would keep all of them alive
         grad_from_start, grad_q = _read_backward(grad, q, from_start, entering)
         grad_from_start[..., -1] += torch.linalg.vecdot(leaving.flatten(2), entering.flatten(2))
         grad_log, grad_k = _scores_backward(grad @ writes.transpose(-1, -2), q, k, to_writes, scores, grad_q)

@@ -45,13 +45,15 @@ def test_what_cannot_be_is_refused() -> None:
         autosize.choose(memory=10**9, tokens=0)
 
 
-def test_what_is_alive_grows_by_the_same_for_each_layer() -> None:
-    """On a text long enough: on a short one the states, alive until the gradients begin, may decide the peak."""
+@pytest.mark.parametrize("length", [32, 64])
+def test_what_is_alive_grows_by_the_same_for_each_layer(length: int) -> None:
+    """Before the gradients and with them, whichever of both is the peak."""
     config = small_config()
-    sizes = [autosize.live_bytes(replace(config, n_layers=layers), length=64) for layers in (1, 2, 3, 4)]
-    steps = {after - before for before, after in pairwise(sizes)}
-    assert len(steps) == 1
-    assert steps.pop() > 64 * 16 * 4  # at least the input of the layer
+    sizes = [autosize.live_bytes(replace(config, n_layers=layers), length=length) for layers in (1, 2, 3, 4, 5, 6)]
+    for part in zip(*sizes, strict=True):
+        steps = {after - before for before, after in pairwise(part)}
+        assert len(steps) == 1
+        assert steps.pop() > length * 16 * 4  # at least the input of the layer
 
 
 def test_a_prediction_of_memory_is_what_the_profiler_counts() -> None:

@@ -83,6 +83,12 @@ def test_compressors_and_time(tmp_path: Path) -> None:
     assert bars["bytes, at most 30 minutes of training, bits per byte"] is False
 
 
+def timed(results: Path, seconds: dict[str, float]) -> None:
+    """Leaves the record of how long each model's step on bytes takes."""
+    (results / "speed").mkdir()
+    (results / "speed" / "bytes.json").write_text(json.dumps({"task": "bytes", "step_seconds": seconds}))
+
+
 def test_models_on_text_are_compared_at_equal_time(tmp_path: Path) -> None:
     runs = [
         record("bytes", "synapse", 0, 2.2, steps=100, seconds=101.0),
@@ -93,8 +99,7 @@ def test_models_on_text_are_compared_at_equal_time(tmp_path: Path) -> None:
         record("bytes", "synapse:dense-experts", 0, 2.0, steps=610),
     ]
     speed = {"synapse": 1.0, "mamba2": 0.5, "mlstm": 2.0, "synapse:no-memory": 0.9, "synapse:dense-experts": 0.5}
-    (tmp_path / "speed").mkdir()
-    (tmp_path / "speed" / "bytes.json").write_text(json.dumps({"task": "bytes", "step_seconds": speed}))
+    timed(tmp_path, speed)
     found = fixture.numbers(tmp_path, runs)
     assert [found.cell("bytes", model).median for model in ("synapse", "mamba2", "mlstm")] == [2.2, 2.3, 2.4]
     assert [cell.median for cell in found.pair("bytes", "synapse:no-memory")] == [2.2, 2.25], "as many steps"
@@ -114,9 +119,7 @@ def test_fewer_models_that_were_trained_longer_are_compared_beside_all(tmp_path:
         record("bytes", "synapse", 0, 1.8, steps=300),
         record("bytes", "mamba2", 0, 1.9, steps=610),
     ]
-    (tmp_path / "speed").mkdir()
-    speed = {"task": "bytes", "step_seconds": {"synapse": 1.0, "mamba2": 0.5, "mlstm": 1.0}}
-    (tmp_path / "speed" / "bytes.json").write_text(json.dumps(speed))
+    timed(tmp_path, {"synapse": 1.0, "mamba2": 0.5, "mlstm": 1.0})
     found = fixture.numbers(tmp_path, runs)
     assert found.cell("bytes").median == 2.2
     medians = {time: {name: cell.median for name, cell in cells.items()} for time, cells in found.longer.items()}
@@ -136,9 +139,7 @@ def test_what_was_neither_timed_nor_trained_as_long_is_not_compared(tmp_path: Pa
         record("s3", "synapse", 0, 0.99, steps=300),
         record("s3", "synapse:no-memory", 0, 0.5, steps=200),
     ]
-    (tmp_path / "speed").mkdir()
-    speed = {"task": "bytes", "step_seconds": {"synapse": 1.0, "mamba2": 1.0}}
-    (tmp_path / "speed" / "bytes.json").write_text(json.dumps(speed))
+    timed(tmp_path, {"synapse": 1.0, "mamba2": 1.0})
     found = fixture.numbers(tmp_path, runs)
     assert not found.cell("bytes", "synapse:no-memory").found
     for task in ("bytes", "s3"):

@@ -21,8 +21,7 @@ def matrix_rate(size: int = 2048, rounds: int = 5) -> float:
 
 
 def bandwidth(rounds: int = 5) -> float:
-    """Bytes/s at which a matrix that fits no cache is read by a product with a vector."""
-    matrix, vector = torch.ones(STREAMED // 4096, 1024), torch.ones(1024)
-    out = torch.empty(len(matrix))
-    torch.mv(matrix, vector, out=out)
-    return STREAMED / statistics.median(seconds(lambda: torch.mv(matrix, vector, out=out)) for _ in range(rounds))
+    """Bytes/s at which numbers that fit no cache are read by a sum."""
+    numbers, out = torch.ones(STREAMED // 4), torch.empty(())
+    torch.sum(numbers, 0, out=out)
+    return STREAMED / statistics.median(seconds(lambda: torch.sum(numbers, 0, out=out)) for _ in range(rounds))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,12 @@ def compiled_step(backend: str = "inductor") -> Step:
     Args:
         backend: of torch.compile; "eager" traces without translating.
     """
-    return torch.compile(eager_step, fullgraph=True, dynamic=False, backend=backend)
+    options: dict[str, str | int | bool | Callable[..., Any]] | None = None
+    if backend == "inductor":
+        from synapse_arch.model._products import StreamedProducts  # imports the compiler
+
+        options = {"post_grad_custom_pre_pass": StreamedProducts()}
+    return torch.compile(eager_step, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
 def eager_step(

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from synapse_arch import BackendUnavailable, ConfigError, Sampling, ThalamusConfig, TraceSpec
+from synapse_arch.model._products import FEW, StreamedProducts
 from synapse_arch.model.compiling import GraphedStep, compiled_step
 from synapse_arch.model.generation import generate, stream
 from tests.helpers import assert_same
@@ -68,6 +70,21 @@ def test_compiled_generation_says_the_same() -> None:
     assert found.finish == expected.finish
     assert_same(found.state.to_tensors(), expected.state.to_tensors())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1])
+def test_products_of_few_rows_become_sums(rows: int, dtype: torch.dtype) -> None:
+    def two_layers(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return (x.relu() @ first.T).sigmoid() @ second
+
+    arguments = [torch.randn(*shape, dtype=dtype) for shape in ((rows, 6), (5, 6), (5, 4))]
+    traced = make_fx(two_layers, tracing_mode="fake")(*arguments)
+    StreamedProducts()(traced.graph)
+    traced.recompile()
+    left = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    assert len(left) == (0 if rows <= FEW else 2)
+    torch.testing.assert_close(traced(*arguments), two_layers(*arguments))
 
 
 def test_a_trace_is_not_compiled() -> None:

@@ -64,6 +64,9 @@ def _check(options: argparse.Namespace) -> None:
     if (options.time or options.seconds is not None) and (options.scale, options.device) != ("cpu", "cpu"):
         got = f"--scale {options.scale} --device {options.device}"
         raise ConfigError(explain("--time and --seconds", "the cpu scale on the cpu", got))
+    if options.time and options.results != runs.RESULTS:
+        remedy = f"the times that --seconds reads are kept in {budget.SPEEDS}"
+        raise ConfigError(explain("--time", "no --results", options.results, remedy))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -200,6 +200,7 @@ def test_command(tiny: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--steps", "0"], "--steps"),
         (["--weight-decay", "0.1"], "--weight-decay"),
         (["--time", "--scale", "published"], "--time"),
+        (["--time", "--results", "elsewhere"], "--time: expected no --results"),
     ):
         assert command.main(["--task", "parity", *wrong]) == 2
         assert named in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import resource
@@ -120,14 +121,22 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int, what: str) -> dict[str, list[float]]:
+def interleaved(
+    runs: dict[str, Callable[[], object]], rounds: int, what: str, *, limit: float = math.inf
+) -> dict[str, list[float]]:
     """Times the runs in turn, so that whatever else the machine does meets them all; the order turns round every time.
+
+    Args:
+        runs: what is timed, by name.
+        rounds: how often.
+        what: said on the progress bar.
+        limit: seconds; where all rounds would take longer there are fewer, but three.
 
     Returns:
         seconds of each run in each round, after one round that is not counted.
     """
-    for run in runs.values():
-        run()
+    first = sum(seconds(run) for run in runs.values())
+    rounds = min(rounds, max(3, int(min(limit / max(first, 1e-9), rounds))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in progress(range(rounds), what):
         for name in list(runs)[:: -1 if index % 2 else 1]:

@@ -33,6 +33,8 @@ AGREE = 1e-4
 PEER_GOAL, LOOP_GOAL = 1.5, 20.0
 PATIENCE = 2.0
 """Seconds a call of a peer may take to be called with longer texts as well; one of them is quadratic in T."""
+ALL_ROUNDS = 10.0
+"""Seconds that all rounds of a comparison may take before there are fewer of them."""
 
 Run = Callable[[Tensors], Tensor]
 
@@ -93,8 +95,7 @@ def measure(shapes: Sequence[tuple[int, int]], rounds: int, *, looped: int, peak
         if worst > AGREE:
             continue
         for batch, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
-            few = rounds if length < 4096 else max(3, rounds // 3)
-            timed = [_against_peers(name, function, batch, length, backward, few) for backward in (False, True)]
+            timed = [_against_peers(name, function, batch, length, backward, rounds) for backward in (False, True)]
             figures += timed
             function = _without_slow(function, timed)
             if not function.peers:
@@ -148,8 +149,8 @@ def _against_peers(name: str, function: Function, batch: int, length: int, backw
     torch.manual_seed(0)
     inputs = function.draw(batch, length)
     jobs = {peer: _job(run, inputs, backward) for peer, run in {"ours": function.ours, **function.peers}.items()}
-    times = interleaved(jobs, rounds, f"{name} {batch} x {length}")
-    best = [min(times[peer][index] for peer in function.peers) for index in range(rounds)]
+    times = interleaved(jobs, rounds, f"{name} {batch} x {length}", limit=ALL_ROUNDS)
+    best = [min(times[peer][index] for peer in function.peers) for index in range(len(times["ours"]))]
     kind = "forward and backward" if backward else "forward"
     return Figure(
         what=f"{name}: {kind}, B {batch}, T {length:,}: best peer's time over ours",
@@ -170,7 +171,7 @@ def _against_loop(name: str, function: Function, length: int, backward: bool, ro
     torch.manual_seed(0)
     inputs = function.draw(1, length)
     jobs = {kind: _job(run, inputs, backward) for kind, run in (("ours", function.ours), ("loop", function.loop))}
-    times = interleaved(jobs, max(3, rounds // 3), f"{name} loop")
+    times = interleaved(jobs, rounds, f"{name} loop", limit=ALL_ROUNDS)
     kind = "forward and backward" if backward else "forward"
     ratios = tuple(loop / ours for loop, ours in zip(times["loop"], times["ours"], strict=True))
     what = f"{name}: {kind}, B 1, T {length}: the loop's time over ours"

@@ -120,3 +120,9 @@ def test_runs_are_timed_in_turn() -> None:
 def test_where_it_was_measured() -> None:
     assert machine_slug({"cpu": "AMD EPYC(TM) 7", "threads": 2}) == "amd-epyc-tm-7-2-threads"
     assert peak_bytes() > 50e6
+
+
+@pytest.mark.parametrize(("limit", "rounds"), [(float("inf"), 5), (0.0, 3)])
+def test_slow_rounds_are_fewer(limit: float, rounds: int) -> None:
+    times = interleaved({"one": lambda: None, "other": lambda: None}, 5, "nothing", limit=limit)
+    assert [len(values) for values in times.values()] == [rounds, rounds]

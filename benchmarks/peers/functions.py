@@ -13,7 +13,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.measure import Figure, Tensors, interleaved, peak_bytes
 from benchmarks.parity import difference
 from recipes.malloc import keep_freed_memory
+from synapse_arch.model.autosize import available_memory
 from synapse_arch.ops import delta_rule, mlstm, selective_scan, ssd
 
 AGREE = 1e-4
@@ -33,6 +34,8 @@ AGREE = 1e-4
 PEER_GOAL, LOOP_GOAL = 1.5, 20.0
 PATIENCE = 2.0
 """Seconds a call of a peer may take to be called with longer texts as well; one of them is quadratic in T."""
+ROOM_LEFT = 2 * 2**30
+"""Bytes of memory that stay free when a peer is called."""
 ALL_ROUNDS = 10.0
 """Seconds that all rounds of a comparison may take before there are fewer of them."""
 
@@ -94,7 +97,11 @@ def measure(shapes: Sequence[tuple[int, int]], rounds: int, *, looped: int, peak
         )
         if worst > AGREE:
             continue
+        needed: dict[str, float] = {}  # bytes a position
         for batch, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
+            function = _without_large(function, needed, batch * length)
+            if not function.peers:
+                break
             timed = [_against_peers(name, function, batch, length, backward, rounds) for backward in (False, True)]
             figures += timed
             function = _without_slow(function, timed)
@@ -102,6 +109,7 @@ def measure(shapes: Sequence[tuple[int, int]], rounds: int, *, looped: int, peak
                 break
             if peaks:
                 figures.append(_peaks(name, list(function.peers), batch, length))
+                needed = {form: size / (batch * length) for form, size in figures[-1].details["bytes"].items()}
         figures += [_against_loop(name, function, looped, backward, rounds) for backward in (False, True)]
     return figures
 
@@ -165,6 +173,13 @@ def _without_slow(function: Function, timed: Sequence[Figure]) -> Function:
         peer: max(statistics.median(figure.details["seconds"][peer]) for figure in timed) for peer in function.peers
     }
     return replace(function, peers={peer: run for peer, run in function.peers.items() if slowest[peer] <= PATIENCE})
+
+
+def _without_large(function: Function, needed: Mapping[str, float], positions: int) -> Function:
+    """The peers that need no more memory than there is, by the bytes a position of theirs that are known."""
+    room = available_memory() - ROOM_LEFT
+    fit = {peer: run for peer, run in function.peers.items() if needed.get(peer, 0.0) * positions <= room}
+    return replace(function, peers=fit)
 
 
 def _against_loop(name: str, function: Function, length: int, backward: bool, rounds: int) -> Figure:

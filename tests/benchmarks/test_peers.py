@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_another_function_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "functions", lambda: {"delta_rule": wrong})
     (figure,) = functions.measure([(1, 16)], 2, looped=8, peaks=False)
     assert figure.met is False
+
+
+def test_a_peer_that_would_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "available_memory", lambda: functions.ROOM_LEFT + 1000)
+    function = replace(functions.functions()["delta_rule"], peers=dict.fromkeys(("small", "large", "unknown")))
+    kept = functions._without_large(function, {"small": 10.0, "large": 11.0}, 100).peers
+    assert set(kept) == {"small", "unknown"}
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

@@ -179,19 +179,24 @@ class Numbers:
 
     @property
     def led(self) -> list[str]:
-        """Those of them where this library's median is better than every peer's."""
-        return [task for task in self.compared if self._lead(task) > 0]
+        """Those of them where this library's median is ahead of every peer's by more than the spread over seeds."""
+        return [task for task in self.compared if self._lead(task) > self._spread(task)]
 
     @property
     def tied(self) -> list[str]:
-        """Those of them where this library's median is that of the best peer."""
-        return [task for task in self.compared if self._lead(task) == 0]
+        """Those of them where this library's median is within the spread over seeds of the best peer's."""
+        return [task for task in self.compared if abs(self._lead(task)) <= self._spread(task)]
 
     def _lead(self, task: str) -> float:
         """By how much this library's median is better than the best peer's."""
         ours, peer = self.cell(task), self.cell(task, self.best_peer(task) or OURS)
         gain = (ours.median or 0.0) - (peer.median or 0.0)
         return -gain if ours.bits else gain
+
+    def _spread(self, task: str) -> float:
+        """By how much seeds of this library's model, or else of the best peer, differ at most; 0 of one seed."""
+        cells = (self.cell(task), self.cell(task, self.best_peer(task) or OURS))
+        return max(max(cell.scores) - min(cell.scores) for cell in cells)
 
     def best_peer(self, task: str) -> str | None:
         """The peer with the best median on a task."""
@@ -322,7 +327,8 @@ def _equal_time(what: str, cells: Mapping[str, Cell]) -> Bar:
     least = min(peers, default=None)
     met = None if ours is None or least is None else ours < least
     goal = "below every peer" if least is None else f"below {least:.3f}, the best peer"
-    return Bar(f"{what}, bits per byte", _bits(ours), goal, met)
+    value = f"{ours:.3f} (one seed)" if ours is not None and len(cells[OURS].scores) == 1 else _bits(ours)
+    return Bar(f"{what}, bits per byte", value, goal, met)
 
 
 def _optional(file: Path) -> Record | None:

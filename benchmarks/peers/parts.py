@@ -13,18 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import Figure, interleaved
+from recipes.malloc import keep_freed_memory
 from synapse_arch.ops import expert_swiglu
 
 D_MODEL, D_EXPERT = 256, 512
 
 
 def dispatch(cases: Sequence[tuple[int, int, int]], rounds: int) -> list[Figure]:
-    """Time of a dense SwiGLU of equal arithmetic over that of the experts.
+    """Time of a dense SwiGLU of equal arithmetic over that of the experts, with freed memory kept, as in training.
 
     Args:
         cases: (experts, experts a token, tokens).
         rounds: how often the pair is timed.
     """
+    keep_freed_memory()
     return [_dispatch(*case, rounds) for case in cases]
 
 

@@ -21,14 +21,13 @@ class StreamedProducts(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Changes the graph in place."""
         for node in graph.find_nodes(op="call_function", target=_aten.mm.default):
-            x, w = node.args
-            if x.meta["val"].device.type != "cpu" or not x.meta["val"].shape[0] <= FEW:
+            x, w = node.args  # (n, D_in), (D_in, D_out)
+            if x.meta["val"].device.type != "cpu" or x.meta["val"].shape[0] > FEW:
                 continue
             with graph.inserting_before(node):
-                rows = graph.call_function(_aten.permute.default, (w, [1, 0]))
-                products = graph.call_function(
-                    _aten.mul.Tensor, (graph.call_function(_aten.unsqueeze.default, (rows, 1)), x)
-                )  # (D_out, n, D_in): in this order the weights are the outer loop
+                weights = graph.call_function(_aten.permute.default, (w, [1, 0]))
+                weights = graph.call_function(_aten.unsqueeze.default, (weights, 1))
+                products = graph.call_function(_aten.mul.Tensor, (weights, x))  # (D_out, n, D_in): weights outermost
                 sums = graph.call_function(_aten.sum.dim_IntList, (products, [-1]))
                 y = graph.call_function(_aten.permute.default, (sums, [1, 0]))
             x.meta["inductor_realize_to_strides"] = True  # or what x is made of would be made again for every weight

@@ -292,12 +292,11 @@ def _through(
 ) -> Tensor:
     """One pair of products an expert, the first of which is written into `hidden` (R, 2F) where that is given."""
     spans, token, row = places
-    source = _with_zeros(x)
+    source = _with_zeros(x).index_select(0, token)
     rows = x.new_empty(token.shape[0] + 1, x.shape[1])
     rows[-1] = 0.0
     for e, span in spans:
-        given = source.index_select(0, token[span])
-        first = torch.mm(given, w_in[e].to(x.dtype), out=None if hidden is None else hidden[span])
+        first = torch.mm(source[span], w_in[e].to(x.dtype), out=None if hidden is None else hidden[span])
         gate, up = first.chunk(2, dim=-1)
         torch.mm(F.silu(gate).mul_(up), w_out[e].to(x.dtype), out=rows[span])
     return _gathered(rows, row, weights)

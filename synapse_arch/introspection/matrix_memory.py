@@ -60,11 +60,7 @@ def memory_probe(
     state = torch.zeros_like(final) if state is None else wide(state)
     norm_0 = torch.linalg.vector_norm(state, dim=(-2, -1))  # (B, H)
     if q.shape[1] == 1:
-        after = torch.linalg.vector_norm(final, dim=(-2, -1))[:, None]
-        if k.dim() == 5:
-            k, v, beta, write = k[:, 0], v[:, 0], beta[:, 0], None if write is None else write[:, 0]
-        collision = _step_collision(k, v, beta, write, log_decay[:, 0].exp(), state, norm_0, rule)
-        return MemoryProbe(collision[:, None], _alignment(o, after, q), after)
+        return _step_probe(q, k, v, beta, write, log_decay, o, state, final, norm_0, rule)
     steps = 1
     if k.dim() == 5:
         steps = k.shape[2]
@@ -93,6 +89,27 @@ def memory_probe(
     if steps > 1:
         collision = collision.unflatten(1, (-1, steps)).nanmean(2)
     return MemoryProbe(collision, _alignment(o, after, q), after)
+
+
+def _step_probe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    write: Tensor | None,
+    log_decay: Tensor,
+    o: Tensor,
+    state: Tensor,
+    final: Tensor,
+    norm: Tensor,
+    rule: Rule,
+) -> MemoryProbe:
+    """The probe of a single token, whose memory after it is there; norm (B, H): that of the memory before it."""
+    after = torch.linalg.vector_norm(final, dim=(-2, -1))[:, None]
+    if k.dim() == 5:
+        k, v, beta, write = k[:, 0], v[:, 0], beta[:, 0], None if write is None else write[:, 0]
+    collision = _step_collision(k, v, beta, write, log_decay[:, 0].exp(), state, norm, rule)
+    return MemoryProbe(collision[:, None], _alignment(o, after, q), after)
 
 
 def _step_collision(

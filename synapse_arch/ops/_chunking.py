@@ -34,6 +34,11 @@ def each_write(x: Tensor, steps: int) -> Tensor:
     return x if steps == 1 else x.repeat_interleave(steps, -1)
 
 
+def fold_writes(x: Tensor, steps: int, dim: int = -1) -> Tensor:
+    """From p M to p along `dim`: what each position's M = `steps` writes add up to."""
+    return x if steps == 1 else x.unflatten(dim, (-1, steps)).sum(dim if dim < 0 else dim + 1)
+
+
 class Reach(NamedTuple):
     """Who may read whom inside a chunk, and who may read the state that enters it."""
 

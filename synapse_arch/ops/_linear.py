@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from synapse_arch.ops._backends import no_autocast
-from synapse_arch.ops._chunking import Reach, chunks_first, decay_gaps, decay_gaps_backward, each_write
+from synapse_arch.ops._chunking import Reach, chunks_first, decay_gaps, decay_gaps_backward, each_write, fold_writes
 from synapse_arch.ops._opaque import operator
 
 
@@ -175,7 +175,8 @@ def _gradients(
     grad_scores = _over_heads(arriving.mul_(strengths)).masked_fill_(~x.pairs, 0.0)
     grad_q += grad_scores @ z.k
     grad_k += grad_scores.transpose(-1, -2) @ z.q
-    grad_rates = decay_gaps_backward(_fold(grad_log.mul_(z.write[..., None, :]), grad_log.shape[-2]))
+    steps = x.k.shape[1] // x.q.shape[1]
+    grad_rates = decay_gaps_backward(fold_writes(grad_log.mul_(z.write[..., None, :]), steps))
     grad_rates += grad_from_start.mul_(z.from_start).flip(-1).cumsum(-1).flip(-1)
     return (
         grads[0].clone().view(grad_final.shape),
@@ -236,11 +237,6 @@ def _of_skip(arriving: Tensor, x: _Arguments) -> Tensor:
         return arriving.new_empty(0)
     diagonals = arriving.diagonal(dim1=-2, dim2=-1).sum((0, -1))  # (R, r)
     return diagonals.view(-1, len(x.skip)).sum(0).to(x.skip.dtype)
-
-
-def _fold(x: Tensor, size: int) -> Tensor:
-    """(..., c) -> (..., p): what a position's writes add up to."""
-    return x if x.shape[-1] == size else x.unflatten(-1, (size, -1)).sum(-1)
 
 
 def _written(z: _Chunks, normalised: bool) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.ops._backends import no_autocast
-from synapse_arch.ops._chunking import each_write
+from synapse_arch.ops._chunking import each_write, fold_writes
 from synapse_arch.ops._opaque import opaque, operator
 
 
@@ -98,12 +98,12 @@ class _DeltaChunks(torch.autograd.Function):
         grad_added, grad_erasing = grad_solved[..., :width], grad_solved[..., width:]
         shared, along = each_write(from_start, steps), torch.linalg.vecdot(grad_erasing, k)
         grad_k.addcmul_(grad_erasing, (beta * shared)[..., None])
-        grad_from_start += _fold(beta * along, steps, 2)
+        grad_from_start += fold_writes(beta * along, steps, 2)
         grad_overlap = (grad_solved @ solved.transpose(-1, -2)).neg_().tril_(-1)
         grad_beta = _overlap_backward(grad_overlap, k, beta, to_writes, overlap, grad_k, grad_log).addcmul_(
             shared, along
         )
-        return grad_q, grad_k, grad_added, grad_beta, _fold(grad_log, steps, 3), grad_from_start, grad_state
+        return grad_q, grad_k, grad_added, grad_beta, fold_writes(grad_log, steps, 3), grad_from_start, grad_state
 
 
 def _read_backward(grad: Tensor, q: Tensor, from_start: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,17 +128,12 @@ def _overlap_backward(
     """Of L, by its gradient, which is used up: that of β; those of k and log Γ are added to theirs."""
     felt = grad * overlap
     grad_beta = felt.sum(-1)
-    grad_log += _fold(felt.mul_(beta[..., None]), k.shape[2] // grad_log.shape[2], 2)
+    grad_log += fold_writes(felt.mul_(beta[..., None]), k.shape[2] // grad_log.shape[2], 2)
     del felt
     grad_pairs = _times_rows(grad.mul_(beta[..., None]), to_writes)
     grad_k += grad_pairs @ k
     grad_k += grad_pairs.transpose(-1, -2) @ k
     return grad_beta
-
-
-def _fold(x: Tensor, steps: int, dim: int) -> Tensor:
-    """From c to p along `dim`: what a position's writes add up to."""
-    return x if steps == 1 else x.unflatten(dim, (-1, steps)).sum(dim + 1)
 
 
 def _times_rows(x: Tensor, weights: Tensor) -> Tensor:

@@ -68,22 +68,7 @@ def delta_rule(
     Raises:
         ShapeError, StateError: arguments that do not fit. ConfigError, BackendUnavailable: rule or backend.
     """
-    sizes: Sizes = {}
-    steps = "M " if isinstance(k, Tensor) and k.dim() == 5 else ""
-    check_shape("q", q, "B T H K", sizes, remedy="a sequence needs at least one position")
-    check_shape("k", k, f"B T {steps}H K", sizes, remedy="check n_heads")
-    check_shape("v", v, f"B T {steps}H V", sizes, remedy="check n_heads")
-    check_shape("beta", beta, f"B T {steps}H", sizes)
-    if write is not None:
-        check_shape("write", write, f"B T {steps}H V", sizes)
-    if log_decay is not None:
-        check_shape("log_decay", log_decay, "B T H", sizes)
-    check_state("state", state, "B H K V", sizes)
-    check_float(q=q, k=k, v=v, beta=beta, log_decay=log_decay, write=write)
-    check_packing(segment_ids, mask, sizes)
-    check_chunk_size(chunk_size)
-    if rule not in ("delta", "hebbian"):
-        raise ConfigError(explain("rule", "'delta' or 'hebbian'", repr(rule)))
+    sizes = _check(q, k, v, beta, log_decay, state, write, rule, segment_ids, mask, chunk_size)
     dtype = compute_dtype(q, k, v, beta, log_decay, state, write)
     lacking = "" if write is None else "its kernels have no strengths of the value alone (write)"
     chosen = _triton.choose("delta_rule", backend, v, dtype, sizes["K"], sizes["V"], lacking)
@@ -100,6 +85,30 @@ def delta_rule(
         else:
             o, final = _chunked(inputs, rule, min(max(chunk_size // sizes.get("M", 1), 1), sizes["T"]))
     return o.to(v.dtype), final
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None,
+    write: Tensor | None, rule: Rule, segment_ids: Tensor | None, mask: Tensor | None, chunk_size: int,
+) -> Sizes:  # fmt: skip
+    """The sizes of delta_rule's arguments, M among them where k has it, or the errors that it names."""
+    sizes: Sizes = {}
+    steps = "M " if isinstance(k, Tensor) and k.dim() == 5 else ""
+    check_shape("q", q, "B T H K", sizes, remedy="a sequence needs at least one position")
+    check_shape("k", k, f"B T {steps}H K", sizes, remedy="check n_heads")
+    check_shape("v", v, f"B T {steps}H V", sizes, remedy="check n_heads")
+    check_shape("beta", beta, f"B T {steps}H", sizes)
+    if write is not None:
+        check_shape("write", write, f"B T {steps}H V", sizes)
+    if log_decay is not None:
+        check_shape("log_decay", log_decay, "B T H", sizes)
+    check_state("state", state, "B H K V", sizes)
+    check_float(q=q, k=k, v=v, beta=beta, log_decay=log_decay, write=write)
+    check_packing(segment_ids, mask, sizes)
+    check_chunk_size(chunk_size)
+    if rule not in ("delta", "hebbian"):
+        raise ConfigError(explain("rule", "'delta' or 'hebbian'", repr(rule)))
+    return sizes
 
 
 class _Inputs(NamedTuple):

@@ -43,22 +43,7 @@ def expert_swiglu(
     Raises:
         ShapeError: arguments that do not fit. ConfigError, BackendUnavailable: the backend.
     """
-    sizes: Sizes = {}
-    check_shape("x", x, "n D", sizes)
-    check_shape("w_out", w_out, "E F D", sizes, remedy="stack experts as (E, F, D)")
-    check_shape("w_in", w_in, "E D G", sizes, remedy="stack experts as (E, D, 2F)")
-    if sizes["G"] != 2 * sizes["F"]:
-        raise ShapeError(explain("w_in", f"(E, D, 2F) with F={sizes['F']}", tuple(w_in.shape)))
-    check_shape("indices", indices, "n k", sizes)
-    check_shape("weights", weights, "n k", sizes)
-    check_float(x=x, w_in=w_in, w_out=w_out, weights=weights)
-    if indices.dtype.is_floating_point or indices.dtype == torch.bool:
-        raise ShapeError(explain("indices", "an integer dtype", indices.dtype))
-    for name, w in (("w_in", w_in), ("w_out", w_out)):
-        if w.dtype != x.dtype and not autocast_enabled(x):
-            raise ShapeError(explain(name, f"x's dtype {x.dtype}", w.dtype, "convert one of them, or use autocast"))
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
-        _check_indices(indices, sizes["E"])
+    sizes = _check(x, w_in, w_out, indices, weights)
     chosen = resolve("expert_swiglu", backend)
     if backend == "auto" and x.device.type != "cpu":
         chosen = "grouped"
@@ -82,6 +67,27 @@ def expert_swiglu(
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _sorted(x, w_in, w_out, order, weights, counts)[0]  # type: ignore[no-any-return]
     return _through(x, w_in, w_out, _place(x, order, counts), weights)
+
+
+def _check(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tensor) -> Sizes:
+    """The sizes of expert_swiglu's arguments, or the errors that it names."""
+    sizes: Sizes = {}
+    check_shape("x", x, "n D", sizes)
+    check_shape("w_out", w_out, "E F D", sizes, remedy="stack experts as (E, F, D)")
+    check_shape("w_in", w_in, "E D G", sizes, remedy="stack experts as (E, D, 2F)")
+    if sizes["G"] != 2 * sizes["F"]:
+        raise ShapeError(explain("w_in", f"(E, D, 2F) with F={sizes['F']}", tuple(w_in.shape)))
+    check_shape("indices", indices, "n k", sizes)
+    check_shape("weights", weights, "n k", sizes)
+    check_float(x=x, w_in=w_in, w_out=w_out, weights=weights)
+    if indices.dtype.is_floating_point or indices.dtype == torch.bool:
+        raise ShapeError(explain("indices", "an integer dtype", indices.dtype))
+    for name, w in (("w_in", w_in), ("w_out", w_out)):
+        if w.dtype != x.dtype and not autocast_enabled(x):
+            raise ShapeError(explain(name, f"x's dtype {x.dtype}", w.dtype, "convert one of them, or use autocast"))
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
+        _check_indices(indices, sizes["E"])
+    return sizes
 
 
 def _check_indices(indices: Tensor, experts: int) -> None:

@@ -67,6 +67,37 @@ def mlstm(
     Raises:
         ShapeError, StateError: arguments that do not fit. ConfigError, BackendUnavailable: the backend.
     """
+    sizes = _check(q, k, v, i, f, state, segment_ids, mask, chunk_size)
+    dtype = compute_dtype(q, k, v, i, f, *(state or ()))
+    loose = backend == "auto" and not (segment_ids is None and mask is None)  # 5e-2 in bfloat16 where 2e-2 is allowed
+    lacking = "its gradients are too far off where texts are packed or padded" if loose else ""
+    chosen = _triton.choose("mlstm", backend, v, dtype, sizes["K"], sizes["V"], lacking)
+    with no_autocast(v):
+        log_i, log_f = _log_gates(i.to(dtype), f.to(dtype), mask)
+        if state is None:
+            state = fresh_state(sizes["B"], sizes["H"], sizes["K"], sizes["V"], like=log_i)
+        state = MLSTMState(*widen(dtype, state))
+        segments = segment_index(segment_ids, mask)
+        if sizes["T"] > 1 and chosen == "chunked":
+            h, final = _chunked(q, k, v, log_i, log_f, state, segments, min(chunk_size, sizes["T"]))
+        elif sizes["T"] > 1 and chosen == "triton":
+            q, k, vs = widen(v.dtype, (q, k, v))
+            h, final = _by_kernel(q, k, vs, log_i, log_f, state, segments)
+        else:
+            q, k, vs = widen(dtype, (q, k, v))
+            q = q * sizes["K"] ** -0.5
+            if is_step(sizes["T"]) and chosen != "reference":
+                h, final = _step(q, k, vs, log_i, log_f, state)
+            else:
+                h, final = _reference(q, k, vs, log_i, log_f, state, segments)
+    return h.to(v.dtype), final
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState | None,
+    segment_ids: Tensor | None, mask: Tensor | None, chunk_size: int,
+) -> Sizes:  # fmt: skip
+    """The sizes of mlstm's arguments, or the errors that it names."""
     sizes: Sizes = {}
     check_shape("q", q, "B T H K", sizes, remedy="a sequence needs at least one position")
     check_shape("k", k, "B T H K", sizes, remedy="check n_heads")
@@ -79,39 +110,20 @@ def mlstm(
     if state is not None:
         if not (isinstance(state, tuple) and len(state) == 3):
             raise StateError(explain("state", "an MLSTMState(C, n, m)", type(state).__name__))
-        state = MLSTMState(*state)
-        for name, letters in (("C", "B H K V"), ("n", "B H K"), ("m", "B H")):
-            leaf = getattr(state, name)
+        for name, letters, leaf in zip("Cnm", ("B H K V", "B H K", "B H"), state, strict=True):
             if leaf is None:
                 raise StateError(explain(f"state.{name}", "a tensor", None))
             check_state(f"state.{name}", leaf, letters, sizes)
-    dtype = compute_dtype(q, k, v, i, f, *(state or ()))
-    loose = backend == "auto" and not (segment_ids is None and mask is None)  # 5e-2 in bfloat16 where 2e-2 is allowed
-    lacking = "its gradients are too far off where texts are packed or padded" if loose else ""
-    chosen = _triton.choose("mlstm", backend, v, dtype, sizes["K"], sizes["V"], lacking)
-    with no_autocast(v):
-        log_i, log_f = i.to(dtype), F.logsigmoid(f.to(dtype))
-        if mask is not None:
-            log_i = log_i.masked_fill(~mask[..., None], -torch.inf)
-            log_f = log_f.masked_fill(~mask[..., None], 0.0)
-        if state is None:
-            state = fresh_state(sizes["B"], sizes["H"], sizes["K"], sizes["V"], like=log_i)
-        state = MLSTMState(*widen(dtype, state))
-        segments = segment_index(segment_ids, mask)
-        if chosen == "chunked" and sizes["T"] > 1:
-            h, final = _chunked(q, k, v, log_i, log_f, state, segments, min(chunk_size, sizes["T"]))
-            return h.to(v.dtype), final
-        narrow = v.dtype if chosen == "triton" and sizes["T"] > 1 else dtype
-        qs, ks, vs = widen(narrow, (q, k, v))
-        if chosen == "triton" and sizes["T"] > 1:
-            h, final = _by_kernel(qs, ks, vs, log_i, log_f, state, segments)
-            return h.to(v.dtype), final
-        qs = qs * sizes["K"] ** -0.5
-        if is_step(sizes["T"]) and chosen != "reference":
-            h, final = _step(qs, ks, vs, log_i, log_f, state)
-        else:
-            h, final = _reference(qs, ks, vs, log_i, log_f, state, segments)
-    return h.to(v.dtype), final
+    return sizes
+
+
+def _log_gates(i: Tensor, f: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logs of the input and forget gates (B, T, H); masked positions neither write nor decay."""
+    log_i, log_f = i, F.logsigmoid(f)
+    if mask is not None:
+        log_i = log_i.masked_fill(~mask[..., None], -torch.inf)
+        log_f = log_f.masked_fill(~mask[..., None], 0.0)
+    return log_i, log_f
 
 
 def fresh_state(batch: int, heads: int, key_width: int, value_width: int, *, like: Tensor) -> MLSTMState:

@@ -54,18 +54,7 @@ def selective_scan(
     Raises:
         ShapeError, StateError: arguments that do not fit. ConfigError, BackendUnavailable: the backend.
     """
-    sizes: Sizes = {}
-    check_shape("u", u, "B T D", sizes, remedy="a sequence needs at least one position")
-    check_shape("dt", dt, "B T D", sizes)
-    check_shape("A", A, "D N", sizes)
-    check_shape("B", B, "B T N", sizes)
-    check_shape("C", C, "B T N", sizes)
-    if D is not None:
-        check_shape("D", D, "D", sizes)
-    check_state("state", state, "B D N", sizes)
-    check_float(u=u, dt=dt, A=A, B=B, C=C, D=D)
-    check_packing(segment_ids, mask, sizes)
-    check_chunk_size(chunk_size)
+    sizes = _check(u, dt, A, B, C, D, state, segment_ids, mask, chunk_size)
     chosen = resolve("selective_scan", backend)
     with no_autocast(u):
         dtype = compute_dtype(u, dt, A, state)
@@ -85,6 +74,26 @@ def selective_scan(
         if D is not None:
             y = torch.addcmul(y, wide, D.to(dtype))
     return y.to(u.dtype), final
+
+
+def _check(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None,
+    segment_ids: Tensor | None, mask: Tensor | None, chunk_size: int,
+) -> Sizes:  # fmt: skip
+    """The sizes of selective_scan's arguments, or the errors that it names."""
+    sizes: Sizes = {}
+    check_shape("u", u, "B T D", sizes, remedy="a sequence needs at least one position")
+    check_shape("dt", dt, "B T D", sizes)
+    check_shape("A", A, "D N", sizes)
+    check_shape("B", B, "B T N", sizes)
+    check_shape("C", C, "B T N", sizes)
+    if D is not None:
+        check_shape("D", D, "D", sizes)
+    check_state("state", state, "B D N", sizes)
+    check_float(u=u, dt=dt, A=A, B=B, C=C, D=D)
+    check_packing(segment_ids, mask, sizes)
+    check_chunk_size(chunk_size)
+    return sizes
 
 
 def _reference(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from synapse_arch.errors import ShapeError, explain
 from synapse_arch.ops import _triton
-from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast
+from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import reach
 from synapse_arch.ops._linear import linear_chunks
@@ -54,6 +54,35 @@ def ssd(
     Raises:
         ShapeError, StateError: arguments that do not fit. ConfigError, BackendUnavailable: the backend.
     """
+    sizes = _check(x, dt, A, B, C, D, state, segment_ids, mask, chunk_size)
+    dtype = compute_dtype(x, dt, A, state)
+    chosen = _triton.choose("ssd", backend, x, dtype, sizes["N"], sizes["P"])
+    with no_autocast(x):
+        steps = dt.to(dtype)
+        if mask is not None:
+            steps = torch.where(mask[..., None], steps, 0.0)  # dt = 0 neither decays nor writes
+        if state is None:
+            state = x.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"], dtype=dtype)
+        segments = segment_index(segment_ids, mask)
+        rates, state = steps * A.to(dtype), state.to(dtype)
+        if sizes["T"] > 1 and chosen == "chunked":
+            return _chunked(x, steps, rates, B, C, D, state, segments, min(chunk_size, sizes["T"]))
+        kernel = sizes["T"] > 1 and chosen == "triton"
+        wide, B, C = widen(x.dtype if kernel else dtype, (x, B, C))
+        if is_step(sizes["T"]) and chosen != "reference":
+            y, final = _step(wide, steps, rates, B, C, state)
+        else:
+            y, final = (_by_kernel if kernel else _reference)(wide, steps, rates, B, C, state, segments)
+        if D is not None:
+            y = torch.addcmul(y, wide, D.to(wide.dtype)[:, None])
+    return y.to(x.dtype), final
+
+
+def _check(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None,
+    segment_ids: Tensor | None, mask: Tensor | None, chunk_size: int,
+) -> Sizes:  # fmt: skip
+    """The sizes of ssd's arguments, or the errors that it names."""
     sizes: Sizes = {}
     check_shape("x", x, "B T H P", sizes, remedy="a sequence needs at least one position")
     check_shape("dt", dt, "B T H", sizes)
@@ -68,30 +97,7 @@ def ssd(
     check_chunk_size(chunk_size)
     if sizes["H"] % sizes["G"]:
         raise ShapeError(explain("B", f"a number of groups that divides H={sizes['H']}", sizes["G"]))
-    dtype = compute_dtype(x, dt, A, state)
-    chosen = _triton.choose("ssd", backend, x, dtype, sizes["N"], sizes["P"])
-    with no_autocast(x):
-        steps = dt.to(dtype)
-        if mask is not None:
-            steps = torch.where(mask[..., None], steps, 0.0)  # dt = 0 neither decays nor writes
-        if state is None:
-            state = x.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"], dtype=dtype)
-        segments = segment_index(segment_ids, mask)
-        rates, state = steps * A.to(dtype), state.to(dtype)
-        if chosen == "chunked" and sizes["T"] > 1:
-            return _chunked(x, steps, rates, B, C, D, state, segments, min(chunk_size, sizes["T"]))
-        narrow = x.dtype if chosen == "triton" and sizes["T"] > 1 else dtype
-        wide = x.to(narrow)
-        args = (wide, steps, rates, B.to(narrow), C.to(narrow), state, segments)
-        if is_step(sizes["T"]) and chosen != "reference":
-            y, final = _step(*args[:-1])
-        elif chosen == "reference" or sizes["T"] == 1:
-            y, final = _reference(*args)
-        else:
-            y, final = _by_kernel(*args)
-        if D is not None:
-            y = torch.addcmul(y, wide, D.to(narrow)[:, None])
-    return y.to(x.dtype), final
+    return sizes
 
 
 def _reference(

@@ -136,7 +136,8 @@ def interleaved(
         seconds of each run in each round, after one round that is not counted.
     """
     first = sum(seconds(run) for run in runs.values())
-    rounds = min(rounds, max(3, int(min(limit / max(first, 1e-9), rounds))))
+    if rounds * first > limit:
+        rounds = min(rounds, max(3, int(limit / first)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in progress(range(rounds), what):
         for name in list(runs)[:: -1 if index % 2 else 1]:

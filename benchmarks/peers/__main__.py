@@ -4,8 +4,8 @@
     python -m benchmarks.peers --quick              small sizes: shows that everything runs
     python -m benchmarks.peers --only ops decoding  parts of it
 
-Every figure is a ratio of times taken in turn in one run. No function is timed before its outputs and gradients equal
-the peer's. The exit status is 1 when a goal is missed.
+Every figure is a ratio of times taken in turn in one run, each part in a process of its own. No function is timed before
+its outputs and gradients equal the peer's. The exit status is 1 when a goal is missed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.measure import ROOT, Figure, environment, machine_slug, table, write_report
@@ -81,6 +83,11 @@ MEASUREMENTS: dict[str, Callable[[Sizes], list[Figure]]] = {
 """Everything that can be measured, in order."""
 
 
+def _part(name: str, sizes: Sizes) -> list[Figure]:
+    """Measures a part, in a process of its own: what another part left in memory changes its times."""
+    return MEASUREMENTS[name](sizes)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints the table, writes the file; 1 where a goal was missed."""
     parser = argparse.ArgumentParser(
@@ -90,7 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=[], metavar="PART", help="only some parts")
     parser.add_argument("--out", type=Path, help="where the JSON goes; a whole run goes to benchmarks/results/")
     options = parser.parse_args(arguments)
-    functions.quiet()
     place, sizes = environment(), QUICK if options.quick else Sizes()
     wanted = [name for name in MEASUREMENTS if not options.only or name in options.only]
     path = options.out
@@ -99,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures: list[Figure] = []
     for index, name in enumerate(wanted):
         print(f"[{index + 1}/{len(wanted)}] {name} ...", file=sys.stderr)
-        found = MEASUREMENTS[name](sizes)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=functions.quiet) as pool:
+            found = pool.submit(_part, name, sizes).result()
         figures += [f if f.exact or not options.quick else replace(f, goal=None) for f in found]
         if path is not None:  # after every part: an hour's work is not lost with its last minute
             write_report(path, place, figures)

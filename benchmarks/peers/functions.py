@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -99,15 +100,13 @@ def measure(shapes: Sequence[tuple[int, int]], rounds: int, *, looped: int, peak
             continue
         needed: dict[str, float] = {}  # bytes a position
         for batch, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
-            function = _without_large(function, needed, batch * length)
+            function = _without_large(name, function, needed, batch * length)
             if not function.peers:
                 break
             timed = [_against_peers(name, function, batch, length, backward, rounds) for backward in (False, True)]
             figures += timed
             function = _without_slow(function, timed)
-            if not function.peers:
-                break
-            if peaks:
+            if peaks and function.peers:
                 figures.append(_peaks(name, list(function.peers), batch, length))
                 needed = {form: size / (batch * length) for form, size in figures[-1].details["bytes"].items()}
         figures += [_against_loop(name, function, looped, backward, rounds) for backward in (False, True)]
@@ -175,11 +174,21 @@ def _without_slow(function: Function, timed: Sequence[Figure]) -> Function:
     return replace(function, peers={peer: run for peer, run in function.peers.items() if slowest[peer] <= PATIENCE})
 
 
-def _without_large(function: Function, needed: Mapping[str, float], positions: int) -> Function:
-    """The peers that need no more memory than there is, by the bytes a position of theirs that are known."""
-    room = available_memory() - ROOM_LEFT
-    fit = {peer: run for peer, run in function.peers.items() if needed.get(peer, 0.0) * positions <= room}
-    return replace(function, peers=fit)
+def _without_large(name: str, function: Function, needed: Mapping[str, float], positions: int) -> Function:
+    """The peers that need no more memory than there is; who is left out is said on the error stream.
+
+    Args:
+        name: the function's.
+        function: with its peers.
+        needed: bytes a position of those peers that were measured; the others are taken to fit.
+        positions: B · T.
+    """
+    room = available_memory("cpu") - ROOM_LEFT
+    large = {peer for peer in function.peers if needed.get(peer, 0.0) * positions > room}
+    for peer in sorted(large):
+        size = needed[peer] * positions / 1e9
+        print(f"{name}: {peer} is not called with {positions:,} positions: it needs {size:.0f} GB", file=sys.stderr)
+    return replace(function, peers={peer: run for peer, run in function.peers.items() if peer not in large})
 
 
 def _against_loop(name: str, function: Function, length: int, backward: bool, rounds: int) -> Figure:

@@ -54,11 +54,14 @@ def test_another_function_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figure.met is False
 
 
-def test_a_peer_that_would_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "available_memory", lambda: functions.ROOM_LEFT + 1000)
+def test_a_peer_that_would_not_fit_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(functions, "available_memory", lambda device: functions.ROOM_LEFT + 1000)
     function = replace(functions.functions()["delta_rule"], peers=dict.fromkeys(("small", "large", "unknown")))
-    kept = functions._without_large(function, {"small": 10.0, "large": 11.0}, 100).peers
+    kept = functions._without_large("delta_rule", function, {"small": 10.0, "large": 11.0}, 100).peers
     assert set(kept) == {"small", "unknown"}
+    assert "large is not called with 100 positions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -86,8 +89,6 @@ def test_a_training_step_trains() -> None:
 
 
 def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(language, "matrix_rate", lambda *_, **__: 1e9)
-    monkeypatch.setattr(language, "bandwidth", lambda: 1e9)
     monkeypatch.setattr(program, "QUICK", program.Sizes(
         small=TINY, large=TINY, shapes=((1, 16),), looped=8, peaks=False, rounds=2, lengths=(16,), prefill=(16, 32),
         batches=(1,), read=(8, 16), peers_read=(8,), steps=2, compiled=False, cases=((8, 2, 16),),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from synapse_arch import BackendUnavailable, ConfigError, Sampling, ThalamusConfig, TraceSpec
@@ -58,18 +59,27 @@ def test_all_steps_are_one_graph_without_a_break(batch: int) -> None:
 
 
 @needs_compiler
-def test_compiled_generation_says_the_same() -> None:
-    """Fused, on a model that is compiled soon, in plain C++; rows end at different steps."""
+def test_compiled_generation_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused, on a model that is compiled soon, in plain C++, without a product left; rows end at different steps."""
+    left, streamed = [], StreamedProducts.__call__
+
+    def watched(self: StreamedProducts, graph: Graph) -> None:
+        streamed(self, graph)
+        left.append(len(graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)))
+
+    monkeypatch.setattr(StreamedProducts, "__call__", watched)
     model = small_model(memory=None, thalamus=ThalamusConfig(mamba=None)).double().eval()
     prompt, sampling = tokens(2, 6), Sampling(temperature=0, max_tokens=6)
     stops = Sampling(temperature=0, max_tokens=6, stop=(tuple(generate(model, prompt, sampling=sampling).ids[0][2:3]),))
     expected = generate(model, prompt, sampling=stops)
-    with torch._inductor.config.patch({"cpp.simdlen": 1}):
+    uncached = torch._functorch.config.patch(enable_autograd_cache=False)
+    with uncached, torch._inductor.config.patch({"cpp.simdlen": 1, "fx_graph_cache": False}):
         found = generate(model, prompt, sampling=stops, compile=True)
     assert found.ids == expected.ids
     assert found.finish == expected.finish
     assert_same(found.state.to_tensors(), expected.state.to_tensors())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert left == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -4,8 +4,8 @@
     python -m benchmarks.peers --quick              small sizes: shows that everything runs
     python -m benchmarks.peers --only ops decoding  parts of it
 
-Every figure is a ratio of times taken in turn in one run, each part in a process of its own. No function is timed before
-its outputs and gradients equal the peer's. The exit status is 1 when a goal is missed.
+Every figure is a ratio of times taken in turn in one run, each part in a process of its own. No function is timed
+before its outputs and gradients equal the peer's. The exit status is 1 when a goal is missed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +12,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from benchmarks.measure import Figure
+from benchmarks.measure import ROOT, Figure
 from benchmarks.peers import __main__ as program
-from benchmarks.peers import functions, language, models, parts
+from benchmarks.peers import functions, language, models, parts, suite
 from synapse_arch import SynapseConfig
 from synapse_arch.model.accounting import active_parameters
 
@@ -24,7 +26,7 @@ def _quiet() -> None:
     functions.quiet()
 
 
-@pytest.mark.parametrize("config", [program.Sizes().small, program.Sizes().large], ids=["small", "large"])
+@pytest.mark.parametrize("config", [suite.Sizes().small, suite.Sizes().large], ids=["small", "large"])
 @pytest.mark.parametrize("name", models.PEERS)
 def test_peers_are_as_large_as_ours(name: str, config: SynapseConfig) -> None:
     """Feed-forwards come in sixteens; Mamba-2 comes in whole layers."""
@@ -35,7 +37,7 @@ def test_peers_are_as_large_as_ours(name: str, config: SynapseConfig) -> None:
 
 def test_the_large_model_has_a_hundred_million_parameters() -> None:
     with torch.device("meta"):
-        size = sum(p.numel() for p in models.mixtral(program.Sizes().large).parameters())
+        size = sum(p.numel() for p in models.mixtral(suite.Sizes().large).parameters())
     assert 0.8e8 < size < 2.5e8
 
 
@@ -89,7 +91,7 @@ def test_a_training_step_trains() -> None:
 
 
 def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(program, "QUICK", program.Sizes(
+    monkeypatch.setattr(program, "QUICK", suite.Sizes(
         small=TINY, large=TINY, shapes=((1, 16),), looped=8, peaks=False, rounds=2, lengths=(16,), prefill=(16, 32),
         batches=(1,), read=(8, 16), peers_read=(8,), steps=2, compiled=False, cases=((8, 2, 16),),
     ))  # fmt: skip
@@ -103,6 +105,14 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert all(value > 0 for figure in report["figures"] for value in figure["values"])
     assert "commit" in report["environment"]
     assert "best peer's time over ours" in capsys.readouterr().out
+
+
+def test_the_command_runs_as_users_run_it() -> None:
+    """With -m, where a fresh process cannot find what the command's own file defines."""
+    command = [sys.executable, "-m", "benchmarks.peers", "--quick", "--only", "dispatch"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "dispatch: 8 experts" in done.stdout
 
 
 def test_import_is_timed_in_a_fresh_interpreter() -> None:

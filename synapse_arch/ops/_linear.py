@@ -15,7 +15,6 @@ with q and k take a group's heads side by side.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -207,19 +206,11 @@ def _carry(states: Tensor, from_start: Tensor, left: Tensor, right: Tensor, *, b
         right: (N, R, c, K).
         backward: whether time runs backwards.
     """
-    steps = list(
-        zip(
-            from_start[..., -1, None, None].unbind(),
-            left.transpose(-1, -2).unbind(),
-            right.unbind(),
-            pairwise(zip(states.unbind(), states.flatten(2, 3).unbind(), strict=True)),
-            strict=True,
-        )
-    )
-    for decay, x, y, ends in reversed(steps) if backward else steps:
-        (before, _), (after, flat) = reversed(ends) if backward else ends
-        torch.mul(before, decay, out=after)
-        torch.baddbmm(flat, x, y, out=flat)
+    after, before = (states[:-1], states[1:]) if backward else (states[1:], states[:-1])
+    torch.bmm(left.flatten(0, 1).transpose(-1, -2), right.flatten(0, 1), out=after.flatten(2, 3).flatten(0, 1))
+    steps = list(zip(after.unbind(), before.unbind(), from_start[..., -1, None, None].unbind(), strict=True))
+    for ours, theirs, decay in reversed(steps) if backward else steps:
+        ours.addcmul_(theirs, decay)
 
 
 def _with_skip(weights: Tensor, skip: Tensor | None) -> Tensor:

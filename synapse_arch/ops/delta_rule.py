@@ -122,11 +122,7 @@ class _Inputs(NamedTuple):
     log_decay: Tensor  # (B, T, H)
     state: Tensor  # (B, H, K, V)
     segments: Tensor | None  # (B, T)
-
-    @property
-    def steps(self) -> int:
-        """M."""
-        return self.k.shape[1] // self.q.shape[1]
+    steps: int  # M
 
 
 def _prepare(
@@ -156,7 +152,7 @@ def _prepare(
     if state is None:
         state = beta.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1])
     state = state.to(dtype)
-    return _Inputs(q, k, v, beta, write, decay, state, segments)
+    return _Inputs(q, k, v, beta, write, decay, state, segments, k.shape[1] // q.shape[1])
 
 
 def _silence(x: Tensor, mask: Tensor) -> Tensor:

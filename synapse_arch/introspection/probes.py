@@ -254,7 +254,7 @@ def _can_group(x: Tensor, w_in: Tensor) -> bool:
     """Whether F.grouped_mm takes these: its dtypes, 16-byte rows, a device with a kernel."""
     aligned = all(size * x.dtype.itemsize % 16 == 0 for size in (x.shape[-1], w_in.shape[-1] // 2))
     kinds = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
-    return hasattr(F, "grouped_mm") and aligned and x.dtype in kinds.get(x.device.type, ())
+    return aligned and x.dtype in kinds.get(x.device.type, ())
 
 
 def _grouped_pass(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -175,8 +175,7 @@ class FastWeightMemory(nn.Module):
         check_state("FastWeightMemory", state, FastWeightState)
         packing: Any = {"segment_ids": segment_ids, "mask": mask}
         signals, opening, conv = self._signals(x, state, plasticity, packing)
-        given = dict(zip(MemorySignals._fields, signals, strict=True))  # torch 2.8 cannot compile _asdict
-        how: Any = {**given, "state": state and state.weights, "rule": self.config.rule, **packing}
+        how: Any = {**signals._asdict(), "state": state and state.weights, "rule": self.config.rule, **packing}
         o, weights = delta_rule(**how)
         record = None
         if trace is not None and trace.wants("gates"):

@@ -100,8 +100,6 @@ def _check_indices(indices: Tensor, experts: int) -> None:
 
 def _ungroupable(x: Tensor, sizes: Sizes) -> str:
     """Why the grouped matrix product cannot take these widths and dtype; empty if it can."""
-    if not hasattr(F, "grouped_mm"):
-        return "this torch has no grouped_mm"
     if x.dtype == torch.float64:
         return "it has no float64"
     if x.device.type != "cpu" and x.dtype != torch.bfloat16:

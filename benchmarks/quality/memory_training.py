@@ -36,7 +36,7 @@ class Training:
         max_filler: tokens between telling and asking at most; half of the steps have none.
     """
 
-    steps: int = 400
+    steps: int = 800
     peak: float = 5e-3
     warmup: int = 30
     weight_decay: float = 0.01

@@ -33,6 +33,8 @@ MINUTES = {"gzip -9": 5, "xz -9": 30}
 """How long training on bytes may take to get below a compressor."""
 MEMORIES = {"delta", "hebbian", "none"}
 """The models of the memory's own experiment."""
+LEARNED = 0.05
+"""Accuracy below which a model has learned nothing of a task."""
 SAME_TIME = 0.15
 """Planned times that differ by less than this share count as equal."""
 FAIR_LOADS = 2
@@ -180,7 +182,14 @@ class Numbers:
     @property
     def led(self) -> list[str]:
         """Those of them where this library's median is ahead of every peer's by more than the spread over seeds."""
-        return [task for task in self.compared if self._lead(task) > self._spread(task)]
+        found = [task for task in self.compared if self._lead(task) > self._spread(task)]
+        return [task for task in found if task not in self.unlearned]
+
+    @property
+    def unlearned(self) -> list[str]:
+        """Those of them where no peer learned anything, which compares learning rates rather than models."""
+        best = {task: self.cell(task, self.best_peer(task) or OURS) for task in self.compared}
+        return [task for task, cell in best.items() if not cell.bits and (cell.median or 0.0) < LEARNED]
 
     @property
     def tied(self) -> list[str]:

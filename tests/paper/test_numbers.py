@@ -176,6 +176,14 @@ def test_where_our_model_leads_and_where_it_is_level(tmp_path: Path) -> None:
     assert found.compared == ["mqar-64", "parity", "s3", "bytes"]
 
 
+@pytest.mark.parametrize(("theirs", "learned"), [(0.001, False), (0.06, True)])
+def test_a_task_that_no_peer_learned_is_not_led(theirs: float, learned: bool, tmp_path: Path) -> None:
+    runs = [record("mqar-64", "synapse", 0, 0.8), record("mqar-64", "mlstm", 0, theirs)]
+    found = fixture.numbers(tmp_path, [*runs, record("bytes", "synapse", 0, 0.01), record("bytes", "mlstm", 0, 0.02)])
+    assert found.led == (["mqar-64", "bytes"] if learned else ["bytes"])
+    assert found.unlearned == ([] if learned else ["mqar-64"])
+
+
 @pytest.mark.parametrize(("seeds", "level"), [((0.88, 0.9, 0.92), False), ((0.75, 0.9, 0.92), True)])
 @pytest.mark.parametrize("model", ["synapse", "mlstm"])
 def test_a_lead_is_more_than_the_spread_over_seeds(

@@ -22,9 +22,6 @@ from synapse_arch.model.model import SynapseModel
 from synapse_arch.modules import ExpertsConfig, MemoryConfig, ThalamusConfig, XLSTMConfig
 from synapse_arch.modules.common import RMSNorm, linear
 
-SYNAPSE_LAYERS = {1: 1, 2: 1}
-"""Blocks of the peers -> SynapseLayers; as many where nothing is said."""
-
 
 class Autoencoder(nn.Module):
     """Rebuilds every token from the last position's feature and a position, by MAD's MLP (Poli et al. 2024).
@@ -128,17 +125,21 @@ def description(learner: Learner) -> dict[str, Any]:
 
 
 def synapse_config(vocab_size: int, d_model: int, n_layers: int) -> SynapseConfig:
-    """The library's defaults, with smaller parts where the model is narrower than theirs."""
+    """The library's defaults, with smaller parts where the model is narrower than theirs.
+
+    A layer's regions side by side are as large as two of the peers' blocks; several layers are half as large each.
+    """
     if d_model >= 256:
         return SynapseConfig(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers)
-    heads = max(1, d_model // 32)
+    share = min(n_layers, 2)
+    heads = max(1, d_model // 32 // share)
     return SynapseConfig(
         vocab_size=vocab_size,
         d_model=d_model,
         n_layers=n_layers,
-        xlstm=XLSTMConfig(n_heads=heads),
-        thalamus=ThalamusConfig(d_state=16, head_dim=32),
-        experts=ExpertsConfig(n_experts=8, d_expert=d_model // 2),
+        xlstm=XLSTMConfig(d_hidden=d_model // share, n_heads=heads),
+        thalamus=ThalamusConfig(d_state=16, expand=2 // share, head_dim=32),
+        experts=ExpertsConfig(n_experts=8 // share, d_expert=d_model // 2),
         memory=MemoryConfig(n_heads=heads, d_key=32, d_value=32),
     )
 
@@ -168,8 +169,7 @@ def build(name: str, *, task: Task, protocol: Protocol) -> Learner:
 
 
 def _config(task: Task, protocol: Protocol) -> SynapseConfig:
-    n_layers = SYNAPSE_LAYERS.get(protocol.n_layers, protocol.n_layers)
-    return synapse_config(task.vocab_size, protocol.d_model, n_layers)
+    return synapse_config(task.vocab_size, protocol.d_model, protocol.n_layers)
 
 
 def _synapse(change: Callable[[SynapseConfig], SynapseConfig], task: Task, protocol: Protocol) -> Learner:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from benchmarks.quality.models import ABLATIONS, MODELS, SYNAPSE_LAYERS, Autoencoder, Learner, build, description
+from benchmarks.quality.models import ABLATIONS, MODELS, Autoencoder, Learner, build, description
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.base import Batch, Protocol, Task
@@ -66,7 +66,7 @@ def test_one_step_of_every_model(name: str) -> None:
 def test_every_region_is_in_the_default(blocks: int) -> None:
     config = learner(protocol=dataclasses.replace(TINY, n_layers=blocks)).body.config
     assert all((config.xlstm, config.thalamus, config.experts, config.memory))
-    assert config.n_layers == SYNAPSE_LAYERS.get(blocks, blocks)
+    assert config.n_layers == blocks
     assert learner("mamba2", dataclasses.replace(TINY, n_layers=blocks)).body.config["n_layers"] == blocks
 
 

@@ -272,9 +272,14 @@ class Numbers:
 
     @property
     def machines(self) -> list[str]:
-        """The processors and threads of all runs."""
-        places = [record["machine"] for record in (*self.runs, *self.texts)]
-        return sorted({f"{place['cpu']}, {place['threads']} threads" for place in places})
+        """The processors of all runs, each with the threads that were used of it."""
+        threads: dict[str, set[int]] = {}
+        for record in (*self.runs, *self.texts):
+            threads.setdefault(record["machine"]["cpu"], set()).add(record["machine"]["threads"])
+        return [
+            f"{cpu} ({' or '.join(str(n) for n in sorted(used))} thread{'s' if max(used) > 1 else ''})"
+            for cpu, used in sorted(threads.items())
+        ]
 
     @property
     def bars(self) -> list[Bar]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -64,6 +65,12 @@ def test_the_committed_text_is_what_the_results_say() -> None:
 def test_the_committed_pdf_is_of_the_committed_text() -> None:
     text = build.TEXT.read_text(encoding="utf-8")
     assert build.fingerprint(text).encode() in build.PDF.read_bytes(), "run: make paper"
+
+
+def test_headings_and_paragraphs_stand_apart() -> None:
+    lines = build.TEXT.read_text(encoding="utf-8").splitlines()
+    glued = [line for before, line in itertools.pairwise(lines) if before and re.match(r"#+ |\*\*[A-Z]", line)]
+    assert not glued
 
 
 def test_figures_in_the_text_are_there() -> None:

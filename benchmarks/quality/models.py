@@ -5,6 +5,7 @@ build("synapse", task=TASKS["parity"], protocol=TASKS["parity"].protocols["cpu"]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,11 @@ from synapse_arch.model.config import SynapseConfig
 from synapse_arch.model.model import SynapseModel
 from synapse_arch.modules import ExpertsConfig, MemoryConfig, ThalamusConfig, XLSTMConfig
 from synapse_arch.modules.common import RMSNorm, linear
+
+LIBRARY_WIDTH = 256
+"""From this width on the sizes are those that the library has unasked."""
+HALVES_WIDTH = 128
+"""From this width on half a layer has two heads."""
 
 
 class Autoencoder(nn.Module):
@@ -127,11 +133,12 @@ def description(learner: Learner) -> dict[str, Any]:
 def synapse_config(vocab_size: int, d_model: int, n_layers: int) -> SynapseConfig:
     """The library's defaults, with smaller parts where the model is narrower than theirs.
 
-    A layer's regions side by side are as large as two of the peers' blocks; several layers are half as large each.
+    A layer alone is about as large as two of the peers' blocks. Several are half as large each, where a half still has
+    two heads.
     """
-    if d_model >= 256:
+    if d_model >= LIBRARY_WIDTH:
         return SynapseConfig(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers)
-    share = min(n_layers, 2)
+    share = 2 if n_layers > 1 and d_model >= HALVES_WIDTH else 1
     heads = max(1, d_model // 32 // share)
     return SynapseConfig(
         vocab_size=vocab_size,
@@ -169,7 +176,10 @@ def build(name: str, *, task: Task, protocol: Protocol) -> Learner:
 
 
 def _config(task: Task, protocol: Protocol) -> SynapseConfig:
-    return synapse_config(task.vocab_size, protocol.d_model, protocol.n_layers)
+    """As many layers as the peers have blocks; half as many where layers of half the size would have one head."""
+    whole = protocol.d_model < HALVES_WIDTH
+    n_layers = math.ceil(protocol.n_layers / 2) if whole else protocol.n_layers
+    return synapse_config(task.vocab_size, protocol.d_model, n_layers)
 
 
 def _synapse(change: Callable[[SynapseConfig], SynapseConfig], task: Task, protocol: Protocol) -> Learner:

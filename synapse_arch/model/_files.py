@@ -130,6 +130,20 @@ def write_failed(path: Path, cause: Exception, left: str, error: FileError) -> C
     return error(explain(str(path), "to write there", f"{type(cause).__name__}: {cause}", remedy))
 
 
+def _what_else(path: Path, cause: Exception) -> tuple[str, str]:
+    """What a file that safetensors refused is, and the remedy; a good one may begin like a pickle, by its length."""
+    try:
+        with path.open("rb") as stream:
+            pickled = stream.read(4).startswith(_PICKLE_HEADS)
+    except OSError:
+        pickled = False
+    if pickled:
+        remedy = "convert it to safetensors where you trust its source; pickles run code and are never loaded"
+        return "a pickle or zip archive", remedy
+    remedy = "the file is truncated, damaged or of another format: copy or save it again"
+    return f"{type(cause).__name__}: {cause}", remedy
+
+
 class TensorFile:
     """An open safetensors file whose header has been checked; tensors are read one at a time.
 
@@ -143,15 +157,10 @@ class TensorFile:
             if not path.is_file():
                 got = "a folder" if path.is_dir() else "no file of that name"
                 raise error(explain(str(path), "a safetensors file", got, "check the path"))
-            with path.open("rb") as stream:
-                head = stream.read(4)
-            if head.startswith(_PICKLE_HEADS):
-                remedy = "convert it to safetensors where you trust its source; pickles run code and are never loaded"
-                raise error(explain(str(path), "a safetensors file", "a pickle or zip archive", remedy))
             file: Any = safe_open(path, framework="pt", device="cpu")  # Any: its stubs are untyped
         except (OSError, SafetensorError) as cause:
-            remedy = "the file is truncated, damaged or of another format: copy or save it again"
-            raise error(explain(str(path), "a safetensors file", f"{type(cause).__name__}: {cause}", remedy)) from cause
+            got, remedy = _what_else(path, cause)
+            raise error(explain(str(path), "a safetensors file", got, remedy)) from cause
         self._file = file
         self.metadata: dict[str, str] = file.metadata() or {}
         self.names: tuple[str, ...] = tuple(file.keys())

@@ -275,6 +275,13 @@ class TestFiles:
         with pytest.raises(StateError, match="a safetensors file"):
             SynapseState.from_bytes(path.read_bytes())
 
+    @pytest.mark.parametrize("length", [0x20280, 0x20380, 0x20480, 0x20580])
+    def test_a_header_whose_length_reads_like_a_pickle(self, path: Path, length: int) -> None:
+        data = path.read_bytes()
+        tensors = 8 + int.from_bytes(data[:8], "little")
+        path.write_bytes(length.to_bytes(8, "little") + data[8:tensors].ljust(length) + data[tensors:])
+        assert_equal(dict(named_tensors(SynapseState.load(path))), dict(named_tensors(SynapseState.from_bytes(data))))
+
     @pytest.mark.parametrize("metadata", [{}, {"schema": "synapse.state/99"}, {"schema": "synapse.model/1"}])
     def test_foreign_schema(self, path: Path, metadata: dict[str, str]) -> None:
         save_file(load_file(path), path, metadata=metadata)

@@ -50,7 +50,7 @@ class Step:
     Attributes:
         name, shape: of the tensor.
         dtype: in the result.
-        action: "merge", "base" (the base's is kept), "equal" (no floats: copied, if all agree), or "copy".
+        action: "merge", "base" (the base's is kept), "equal" (no floats, or empty: copied, if all agree), or "copy".
         model: place of the model that is copied.
         settings: of the method, for this tensor.
     """
@@ -165,10 +165,11 @@ def stream(
     sizes = {step.name: math.prod(step.shape) * inputs.base.dtypes[step.name].itemsize for step in steps}
     trimmed = [step.name for step in steps if step.action == "merge" and math.prod(step.shape) > 1]
     trim, total = None, sum(sizes.values())
-    if recipe.trim == "global":
+    as_a_whole = recipe.trim == "global" and bool(trimmed)
+    if as_a_whole:
         total += len(inputs.models) * sum(sizes[name] for name in trimmed)
     with _bar(total, progress) as bar:
-        if recipe.trim == "global":
+        if as_a_whole:
             density = used_settings(recipe)["density"]
             trim = Trim(global_cuts(inputs.base, inputs.models, trimmed, density, bar=bar))
         for step in steps:
@@ -196,7 +197,7 @@ def _carry_out(recipe: Recipe, inputs: Inputs, step: Step, trim: Trim | None, li
                 raise ShapeError(
                     explain(f"{model.label}: {name}", f"the {base.dtype} values of the base", "others", remedy)
                 )
-        return base
+        return _converted(base, step)
     for model, one in zip(inputs.models, given, strict=True):
         if one is not base:
             check_finite(name, one.value if isinstance(one, Delta) else one, model.label)

@@ -165,7 +165,7 @@ def test_single_files_and_dtypes() -> None:
             "w": torch.randn(6, 5).bfloat16(),
             "n": torch.tensor(3),
             "flag": torch.tensor([True]),
-            "e": torch.zeros(0),
+            "e": torch.zeros(0).bfloat16(),
         }
         save_file(tensors, file)
     assert main(["--base", files[0], "--models", *files[1:], "--out", "out", "--quiet"]) == 0
@@ -178,6 +178,15 @@ def test_single_files_and_dtypes() -> None:
     assert main(command) == 0
     assert torch.equal(weights("wide")["w"], ties(one, [two, three], dtype=torch.float32))
     assert weights("wide")["n"].dtype == torch.int64
+    assert weights("wide")["e"].dtype == torch.float32
+
+
+def test_trimming_as_a_whole_where_nothing_can_be_trimmed() -> None:
+    for value, file in enumerate(("base", "a", "b")):
+        save_file({"scale": torch.tensor(float(value))}, f"{file}.safetensors")
+    command = ["--base", "base.safetensors", "--models", "a.safetensors", "b.safetensors", "--trim", "global"]
+    assert main([*command, "--out", "out", "--quiet"]) == 0
+    assert weights("out")["scale"] == 1.5
 
 
 def test_overrides_and_recipe_files(capsys: pytest.CaptureFixture[str]) -> None:

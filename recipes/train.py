@@ -82,7 +82,7 @@ def check_processes(config: RunConfig, count: int) -> None:
         ConfigError: the batch does not divide.
     """
     if config.batch_size % (count * config.accumulate):
-        expected = f"a multiple of {count} processes times {config.accumulate} parts"
+        expected = f"a multiple of {count * config.accumulate}, the processes ({count}) times the parts of each"
         raise ConfigError(explain("batch_size", expected, config.batch_size, "change --batch-size or --accumulate"))
 
 

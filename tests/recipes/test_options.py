@@ -44,7 +44,7 @@ def test_parts_that_do_not_divide_are_refused(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, "--out", str(tmp_path), "--accumulate", "3"]) == 2
-    assert "a multiple of 1 processes times 3 parts" in capsys.readouterr().err
+    assert "a multiple of 3, the processes (1) times the parts of each" in capsys.readouterr().err
 
 
 def test_carried_state_resumes_exactly_and_matters(tmp_path: Path, arguments: list[str]) -> None:

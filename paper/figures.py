@@ -37,7 +37,7 @@ LOOKS = {
     "gated-deltanet": ("#b5942b", "v", (0, (5, 1))),
     "hebbian": ("#7a7a7a", "P", (0, (1, 1))),
     "transformer-conv": ("#e09a6b", "p", (0, (3, 1, 1, 1))),
-    "deltanet-negative": ("#8a7a1f", "*", (0, (6, 2, 1, 2))),
+    "deltanet-negative": ("#a8326e", "*", (0, (6, 2, 1, 2))),
 }
 """Of each model colour, marker and line; the markers and lines alone tell them apart."""
 
@@ -133,8 +133,8 @@ def curves(numbers: Numbers) -> Figure | None:
     ]
     if not tasks:
         return None
-    columns = min(5, len(tasks))
-    rows = -(-len(tasks) // columns)
+    rows = -(-len(tasks) // 5)
+    columns = -(-len(tasks) // rows)
     figure, panels = plt.subplots(rows, columns, figsize=(WIDTH, 1.5 * rows + 0.35), sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
     for panel, task in zip(panels.flat, tasks, strict=False):

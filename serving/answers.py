@@ -131,9 +131,10 @@ class CompletionAnswer(Answer):
         if not self._logprobs:
             return []
         prompt, offset, entries = self._generation.prompt(index), 0, []
+        decoder = self._codec.decoder()
         for token in scored[len(scored) - len(prompt) :]:
             entries.append(_entry(self._codec, token, offset))
-            offset += len(self._codec.decode([token.id]))
+            offset += len(decoder.decode(self._codec.token_bytes(token.id)))
         return entries
 
     def _choice(self, index: int, text: str, finish: str | None, entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def _runtime(model: SynapseModel, codec: Codec, settings: Settings, session_key:
     limits = Limits(settings.session_ttl, settings.session_bytes, settings.session_count)
     sessions = Sessions(open_store(settings.session_store, limits, key=session_key), model, weights, settings)
     traces, metrics = TraceStore(settings), Metrics()
-    engine = Engine(model, slots=settings.slots, queue=settings.queue, prefill_chunk=settings.prefill_chunk)
+    engine = Engine(
+        model, slots=settings.slots, queue=settings.queue, prefill_chunk=settings.prefill_chunk, ended=metrics.finished
+    )
     metrics.watch("synapse_slots_busy", "Sequences being decoded.", lambda: engine.stats.busy)
     metrics.watch("synapse_queue", "Requests that wait for a slot.", lambda: engine.stats.queued)
     metrics.watch("synapse_sessions", "Sessions kept.", lambda: sessions.usage()[0])

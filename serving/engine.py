@@ -78,6 +78,7 @@ class Engine:
         queue: requests that may wait for a slot.
         prefill_chunk: tokens of a prompt read between two steps.
         buffer: events that may wait for a reader before its request is given up; a quarter where gates are traced.
+        ended: is told of every output that did not fail, on the engine's thread.
 
     Raises:
         ConfigError: a number below 1 (queue: below 0).
@@ -92,7 +93,14 @@ class Engine:
     """
 
     def __init__(
-        self, model: SynapseModel, *, slots: int = 8, queue: int = 64, prefill_chunk: int = 64, buffer: int = 256
+        self,
+        model: SynapseModel,
+        *,
+        slots: int = 8,
+        queue: int = 64,
+        prefill_chunk: int = 64,
+        buffer: int = 256,
+        ended: Callable[[Done], None] | None = None,
     ) -> None:
         for name, value, least in (
             ("slots", slots, 1), ("queue", queue, 0), ("prefill_chunk", prefill_chunk, 1), ("buffer", buffer, 1),
@@ -100,7 +108,7 @@ class Engine:
             if value < least:
                 raise ConfigError(explain(name, f"{least} or more", value))
         self._model, self._piece, self._room, self._buffer = model.eval(), prefill_chunk, queue, buffer
-        self._batch = Batch(self._model, slots)
+        self._batch, self._ended = Batch(self._model, slots), ended
         self._waiting: deque[tuple[Ticket, float]] = deque()
         self._jobs: deque[tuple[Callable[[], None], Future[Any]]] = deque()
         self._running: dict[int, Running] = {}
@@ -266,7 +274,9 @@ class Engine:
         for ticket, since in gone:
             self._finished["cancelled"] += 1
             timing = Timing(time.perf_counter() - since, 0.0, 0.0)
-            ticket.put(Done("cancelled", None, len(ticket.request.prompt), 0, timing))
+            done = Done("cancelled", None, len(ticket.request.prompt), 0, timing)
+            self._tell(done)
+            ticket.put(done)
 
     def _admit(self) -> None:
         """Gives free slots to those who wait, first come first served."""
@@ -333,7 +343,11 @@ class Engine:
         self._finished[why] += 1
         self._request_seconds += 0.1 * (time.perf_counter() - running.started - self._request_seconds)
         self._end(running)
-        running.finish(why, state)
+        self._tell(running.finish(why, state))
+
+    def _tell(self, done: Done) -> None:
+        if self._ended is not None:
+            self._ended(done)
 
     def _fail(self, running: Running, error: Exception) -> None:
         if not isinstance(error, SynapseError):

@@ -20,7 +20,7 @@ from serving.schemas import MOST_CHOICES, GenerationBody
 from serving.sessions import Session
 from serving.stream import gone
 from serving.tokens import TextStopMatcher
-from synapse_arch import Sampling, SynapseState, TraceSpec
+from synapse_arch import Sampling, TraceSpec
 
 if TYPE_CHECKING:
     from serving.engine import Ticket
@@ -160,33 +160,18 @@ class Generation:
                 path = None if shown is None else await run_in_threadpool(route, shown)
                 yield Piece(output.index, decoder.decode(self._runtime.codec.token_bytes(event.id)), event, path)
             else:
-                metrics.finished(event.finish, event.prompt_tokens, event.output_tokens)
                 if event.finish == "cancelled":
                     raise ApiError(408, "the answer was not read in time and given up", code="cancelled")
                 rest = output.stops.rest if event.finish == "stop" else b""
-                await self._keep(event, rest)
+                await self._keep(event)
                 yield Piece(output.index, decoder.decode(rest, final=True), event)
 
-    async def _keep(self, done: Done, rest: bytes) -> None:
+    async def _keep(self, done: Done) -> None:
         """Saves the session as it stands after the text that the client has."""
         if self.session is None or not self._keeps:
             return
-        state = done.state
-        if rest and state is not None:
-            state = await self._read(rest.decode("utf-8", errors="replace"), state)
-        assert state is not None, "a complete output has a state"
-        self.session = await run_in_threadpool(self._runtime.sessions.save, self.session, state)
-
-    async def _read(self, text: str, state: SynapseState) -> SynapseState:
-        """The state after text that was part of the token in which the stop string began."""
-        prompt = tuple(self._runtime.codec.encode(text))
-        request = GenerationRequest(prompt=prompt, sampling=Sampling(max_tokens=0), state=state)
-        async for event in self._runtime.engine.submit(request):
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Done) and event.state is not None:
-                return event.state
-        raise ApiError(503, "the server is shutting down", code="shutting_down")
+        assert done.state is not None, "a complete output has a state"
+        self.session = await run_in_threadpool(self._runtime.sessions.save, self.session, done.state)
 
 
 async def begin(runtime: Runtime, owner: str, request_id: str, ask: Ask) -> Generation:
@@ -294,6 +279,9 @@ def _check_prompts(runtime: Runtime, ask: Ask, prompts: Sequence[Sequence[int]],
     body, settings = ask.body, runtime.settings
     if len(prompts) * body.choices > MOST_CHOICES:
         raise bad_request(f"n: prompts times n must be at most {MOST_CHOICES}", "n")
+    room = settings.slots + settings.queue
+    if len(prompts) * body.choices > room:
+        raise bad_request(f"n: prompts times n must be at most {room}, what this server runs and lets wait", "n")
     for name in ("session_id", "trace"):
         if getattr(body, name) is not None and len(prompts) * body.choices > 1:
             raise bad_request(f"{name}: needs a single prompt and n: 1", name)

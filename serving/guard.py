@@ -143,7 +143,7 @@ def check_host(headers: Headers, settings: Settings) -> None:
         message = "this server does not go by that name: start it with --allowed-host NAME"
         raise ApiError(403, message, param="Host", code="foreign_host")
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin.lower()).netloc != host:
+    if origin is not None and _place(origin) != host:
         raise ApiError(403, "requests from other web pages are not taken", param="Origin", code="foreign_origin")
 
 
@@ -157,6 +157,14 @@ def check_json(body: bytes) -> None:
         from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise bad_request(f"the body is no JSON: {error}", code="invalid_json") from None
+
+
+def _place(origin: str) -> str | None:
+    """Host and port of an origin; None where it is no address."""
+    try:
+        return urlsplit(origin.lower()).netloc
+    except ValueError:
+        return None
 
 
 def _known(host: str, settings: Settings) -> bool:

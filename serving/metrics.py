@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from serving.requests import Done
 from serving.stores import StoreUnavailable
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -57,11 +58,11 @@ class Metrics:
         """A request has one more."""
         self._between.observe(seconds)
 
-    def finished(self, finish: str, read: int, written: int) -> None:
+    def finished(self, done: Done) -> None:
         """An output is complete."""
-        self._outputs.labels(finish).inc()
-        self._tokens.labels("prompt").inc(read)
-        self._tokens.labels("output").inc(written)
+        self._outputs.labels(done.finish).inc()
+        self._tokens.labels("prompt").inc(done.prompt_tokens)
+        self._tokens.labels("output").inc(done.output_tokens)
 
     def text(self) -> bytes:
         """All of it."""

@@ -31,7 +31,7 @@ def models(runtime: Current) -> dict[str, Any]:
     return {"object": "list", "data": [_model(runtime)]}
 
 
-@router.get("/models/{model}")
+@router.get("/models/{model:path}")
 def model(model: Annotated[str, Path()], runtime: Current) -> dict[str, Any]:
     """The model, by its name."""
     if model != runtime.settings.model_id:
@@ -50,7 +50,7 @@ async def completions(body: CompletionBody, request: Request, runtime: Current, 
 
     ask = Ask(
         body=body, field="prompt", prompts=prompts, stops=body.stops, echo=bool(body.echo),
-        max_tokens=COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+        max_tokens=_limit(runtime, COMPLETION_TOKENS, body.max_tokens),
         top_logprobs=body.logprobs or 0,
     )  # fmt: skip
     generation = await begin(runtime, owner, request.scope["request_id"], ask)
@@ -70,12 +70,18 @@ async def chat_completions(body: ChatBody, request: Request, runtime: Current, o
     ask = Ask(
         body=body, field="messages", prompts=lambda follows: [runtime.codec.chat(messages, follows=follows)],
         stops=[*body.stops, *runtime.codec.template.stops],
-        max_tokens=min(limits, default=min(CHAT_TOKENS, runtime.settings.max_output_tokens)),
+        max_tokens=_limit(runtime, CHAT_TOKENS, *limits),
         top_logprobs=body.top_logprobs or 0,
     )  # fmt: skip
     generation = await begin(runtime, owner, request.scope["request_id"], ask)
     answer = ChatAnswer(runtime, generation, logprobs=bool(body.logprobs))
     return await _answer(request, ask, generation, answer)
+
+
+def _limit(runtime: Runtime, default: int, *given: int | None) -> int:
+    """The tokens of output: what was asked for, or else the default, which the server's own limit may lower."""
+    asked = [limit for limit in given if limit is not None]
+    return asked[0] if asked else min(default, runtime.settings.max_output_tokens)
 
 
 async def _answer(request: Request, ask: Ask, generation: Generation, answer: Answer) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from serving.batch import Seat, likeliest
 from serving.interventions import boundaries, clear_memory, cleared_at, controls_at
 from serving.requests import PromptToken
-from synapse_arch import SynapseModel, SynapseState
+from synapse_arch import SynapseModel, SynapseOutput, SynapseState
 from synapse_arch.introspection import SynapseTrace, join_traces
 
 
@@ -64,6 +64,16 @@ def read_prompt(model: SynapseModel, seat: Seat, piece: int) -> Generator[None, 
             yield
     trace = None if spec is None or not traces else join_traces(traces, max_tokens=spec.max_tokens)
     return Prompt(state, logits, trace, tokens)
+
+
+@torch.inference_mode()
+def read_on(model: SynapseModel, state: SynapseState, tokens: Sequence[int]) -> SynapseState:
+    """The state of one row after a few more tokens; the same one after none."""
+    if not tokens:
+        return state
+    ids = torch.tensor([list(tokens)], device=model.embedding.weight.device)
+    out: SynapseOutput = model(ids, state, logits_to_keep=1)
+    return out.state
 
 
 def _pieces(seat: Seat, size: int) -> Iterator[slice]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from serving.rows import StepTrace, cut_trace
 from synapse_arch import Sampling, SynapseState, TraceSpec
@@ -66,6 +67,15 @@ class Stops(Protocol):
 
     def push(self, token: int) -> Found:
         """Takes the next token: how many of the last tokens end the output here, how many may begin to."""
+        ...
+
+
+@runtime_checkable
+class TextStops(Stops, Protocol):
+    """Stops that may begin inside a token."""
+
+    def left(self) -> Sequence[int]:
+        """Once matched: text in front of the stop, of the token in which it begins, as tokens of its own."""
         ...
 
 
@@ -259,7 +269,8 @@ class Done:
 
     Attributes:
         finish: why.
-        state: one row that has read the prompt and the returned tokens, and no more; None where it was cancelled.
+        state: one row that has read the prompt and the output, and no more: the returned tokens, and what is left in
+            front of a stop that begins inside a token. None where it was cancelled.
         prompt_tokens: tokens of the prompt.
         output_tokens: tokens that were returned.
         timing: how long it took.

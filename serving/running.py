@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from serving.batch import Batch, Choice, Seat
-from serving.prefill import Prompt
-from serving.requests import Done, Finish, PromptRead, RowTrace, Stops, Timing, Token
+from serving.prefill import Prompt, read_on
+from serving.requests import Done, Finish, PromptRead, RowTrace, Stops, TextStops, Timing, Token
 from serving.tickets import Ticket
 from synapse_arch import StateError, SynapseState
 from synapse_arch.errors import explain
@@ -53,6 +53,7 @@ class Running:
     def __post_init__(self) -> None:
         request = self.ticket.request
         self.stops: Stops = StopMatcher(request.sampling.stop) if request.stops is None else request.stops
+        self.left: Callable[[], Sequence[int]] = self.stops.left if isinstance(self.stops, TextStops) else tuple
         self.held: deque[Held] = deque()
         self.started, self.read_at = time.perf_counter(), 0.0
         self.chosen = self.returned = 0
@@ -69,7 +70,7 @@ class Running:
         self.ticket.put(PromptRead(trace, logprobs, seconds, queued))
 
     def push(self, choice: Choice, batch: Batch) -> SynapseState | None:
-        """Takes the next token; where a stop sequence ends with it, the state that has read the output without that.
+        """Takes the next token; where a stop sequence ends with it, the state that has read the output before that.
 
         Raises:
             StateError: the logits it was drawn from are not finite.
@@ -82,7 +83,7 @@ class Running:
             state: SynapseState | None = None
             for _ in range(found.matched - 1):
                 state = self.held.pop().before
-            return batch.snapshot(self.row) if state is None else state
+            return read_on(batch.model, batch.snapshot(self.row) if state is None else state, self.left())
         self.release(found.begun - 1)
         self.held.append(Held(choice, batch.snapshot(self.row) if found.begun else None))
         self.chosen += 1
@@ -106,11 +107,13 @@ class Running:
             self.returned += 1
             self.ticket.put(event)
 
-    def finish(self, why: Finish, state: SynapseState | None) -> None:
+    def finish(self, why: Finish, state: SynapseState | None) -> Done:
         """Hands out what remains and says that this was all."""
         if why != "cancelled":
             self.release(0)
         now = time.perf_counter()
         read_at = self.read_at or now
         timing = Timing(self.started - self.submitted, read_at - self.started, now - read_at)
-        self.ticket.put(Done(why, state, len(self.ticket.request.prompt), self.returned, timing))
+        done = Done(why, state, len(self.ticket.request.prompt), self.returned, timing)
+        self.ticket.put(done)
+        return done

@@ -148,6 +148,10 @@ class TextStopMatcher:
         begun = (n for stop in self._stops for n in range(len(stop) - 1, 0, -1) if data.endswith(stop[:n]))
         return Found(0, self._tokens(max(begun, default=0))[0])
 
+    def left(self) -> list[int]:
+        """Once matched: `rest` as tokens."""
+        return self._codec.encode(self.rest.decode("utf-8", errors="replace")) if self.rest else []
+
     def _tokens(self, size: int) -> tuple[int, int]:
         """How many of the last tokens hold the last `size` bytes, and how many bytes they are."""
         count = covered = 0

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from serving.introspection.interventions import Number
 from serving.schemas import MOST_INTERVENTIONS, Body, SessionId, Text, TokenId
 
 Changes = Annotated[list[dict[str, JsonValue]], Field(max_length=MOST_INTERVENTIONS)]
@@ -27,7 +28,7 @@ class RunBody(Body):
     Attributes:
         prompt: text, read as a completion's prompt is.
         tokens: token ids instead, read as they are.
-        max_tokens: of output; 0 only reads.
+        max_tokens: of output; 0 only reads. Where it is absent, 32 or the server's limit, if that is less.
         level: "routes" (which experts), "gates" (and gates and memory), "full" (and router logits, expert activity).
         layers: which; all where it is absent.
         every: stride in tokens.
@@ -39,7 +40,7 @@ class RunBody(Body):
 
     prompt: Text | None = None
     tokens: list[TokenId] | None = None
-    max_tokens: Annotated[int, Field(ge=0)] = 32
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     level: Literal["routes", "gates", "full"] = "gates"
     layers: Annotated[list[TokenId], Field(min_length=1, max_length=1024)] | None = None
     every: Annotated[int, Field(ge=1, le=1_000_000)] = 1
@@ -55,7 +56,7 @@ class RunBody(Body):
         return self
 
 
-Matrix = list[list[Annotated[float, Field(ge=-1e6, le=1e6)]]]
+Matrix = list[list[Number]]
 
 
 class PathwaysLayer(Body):

@@ -229,7 +229,15 @@ def _random_vectors(
 async def _outputs(
     runtime: Runtime, record: TraceRecord, changes: Sequence[Sequence[Intervention]], length: int
 ) -> list[tuple[int, ...]]:
-    """What the run writes under each of `changes`; they run side by side."""
+    """What the run writes under each of `changes`; as many run side by side as there are slots."""
+    slots = runtime.settings.slots
+    groups = [changes[at : at + slots] for at in range(0, len(changes), slots)]
+    return [output for group in groups for output in await _group(runtime, record, group, length)]
+
+
+async def _group(
+    runtime: Runtime, record: TraceRecord, changes: Sequence[Sequence[Intervention]], length: int
+) -> list[tuple[int, ...]]:
     tickets: list[Ticket] = []
     try:
         for change in changes:

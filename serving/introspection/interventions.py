@@ -15,7 +15,9 @@ from serving.schemas import Body
 from synapse_arch import SynapseConfig
 from synapse_arch.errors import SynapseError
 
+LARGEST = 1e6
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 
 
 class InterventionBody(Body):
@@ -24,8 +26,8 @@ class InterventionBody(Body):
     kind: Kind
     layer: Count | None = None
     expert: Count | None = None
-    value: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
-    vector: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1)] | None = None
+    value: Number | None = None
+    vector: Annotated[list[Number], Field(min_length=1)] | None = None
     start: Count = 0
     end: Count | None = None
 

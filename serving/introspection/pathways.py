@@ -11,6 +11,7 @@ from typing import Any
 
 from serving.errors import bad_request
 from serving.introspection.bodies import PathwaysBody
+from serving.introspection.interventions import LARGEST
 from synapse_arch import SynapseConfig, SynapseState
 from synapse_arch.introspection.records import plain
 from synapse_arch.modules.thalamus import pathways_of
@@ -64,6 +65,8 @@ def load(body: PathwaysBody, config: SynapseConfig, weights: str) -> dict[str, A
             raise bad_request(f"{place}.pathways: expected {experts} rows of {experts}", f"{place}.pathways")
     nothing = [[0.0] * experts] * experts
     vector = [body.scale * x for i in range(config.n_layers) for row in rows.get(i, nothing) for x in row]
+    if max(map(abs, vector)) > LARGEST:
+        raise bad_request(f"scale: expected products with the pathways of at most {LARGEST:.0f}", "scale")
     return {"interventions": [{"kind": "pathways", "vector": vector}]}
 
 

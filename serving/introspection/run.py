@@ -14,6 +14,9 @@ from serving.tickets import Ticket
 from serving.tokens import TextStopMatcher
 from synapse_arch import Sampling, SynapseState, TraceSpec
 
+OUTPUT_TOKENS = 32
+"""Where a run does not say how many."""
+
 
 async def start(runtime: Runtime, owner: str, request_id: str, body: RunBody) -> tuple[Ticket, TraceRecord]:
     """Checks what was asked, and hands it to the engine.
@@ -27,11 +30,13 @@ async def start(runtime: Runtime, owner: str, request_id: str, body: RunBody) ->
     if body.session_id is not None:
         state = (await run_in_threadpool(runtime.sessions.load, body.session_id, owner)).state
     prompt = await run_in_threadpool(_prompt, runtime, body, state)
-    if body.max_tokens > runtime.settings.max_output_tokens:
-        raise bad_request(f"max_tokens: expected at most {runtime.settings.max_output_tokens}", "max_tokens")
+    most = runtime.settings.max_output_tokens
+    max_tokens = min(OUTPUT_TOKENS, most) if body.max_tokens is None else body.max_tokens
+    if max_tokens > most:
+        raise bad_request(f"max_tokens: expected at most {most}", "max_tokens")
     request = GenerationRequest(
         prompt=prompt,
-        sampling=Sampling(**body.sampling.model_dump(), max_tokens=body.max_tokens),
+        sampling=Sampling(**body.sampling.model_dump(), max_tokens=max_tokens),
         state=state,
         trace=TraceSpec(
             level=body.level, layers=None if body.layers is None else tuple(body.layers), every=body.every,

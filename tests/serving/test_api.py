@@ -135,6 +135,29 @@ class TestCompletions:
             assert len(top) == 3
             assert max(top.values()) == pytest.approx(expected[place].max().item(), abs=1e-4)
 
+    def test_offsets_of_an_echo_count_characters(self, client: TestClient) -> None:
+        scores = complete(client, prompt="é€x", max_tokens=1, echo=True, logprobs=1)["choices"][0]["logprobs"]
+        assert scores["text_offset"] == [0, 0, 1, 1, 1, 2, 3]
+
+    def test_a_limit_below_the_defaults(self) -> None:
+        with client_of(make_app(max_output_tokens=8)) as client:
+            for path, body in (
+                ("/v1/completions", {"prompt": "a", "seed": 0}),
+                ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "seed": 0}),
+            ):
+                assert client.post(path, json=body).json()["usage"]["completion_tokens"] <= 8
+            found = client.post("/api/introspect", json={"prompt": "a", "sampling": {"seed": 0}})
+            assert found.status_code == 200, found.text
+
+    def test_more_outputs_than_can_ever_run(self) -> None:
+        with client_of(make_app(slots=1, queue=2)) as client:
+            refused(client.post("/v1/completions", json={"prompt": "a", "n": 4}), 400, "n")
+            assert client.post("/v1/completions", json={"prompt": "a", "n": 3, "max_tokens": 2}).status_code == 200
+
+    def test_a_model_by_a_name_with_a_slash(self) -> None:
+        with client_of(make_app(model_id="house/tiny")) as client:
+            assert client.get("/v1/models/house/tiny").json()["id"] == "house/tiny"
+
     def test_logprobs(self, client: TestClient) -> None:
         scores = complete(client, logprobs=2, max_tokens=5, echo=True)["choices"][0]["logprobs"]
         assert [len(scores[name]) for name in scores] == [10] * 4

@@ -119,6 +119,9 @@ class TestHosts:
         refused(client.post("/v1/completions", json={"prompt": "x"}, headers=headers), 403, "Origin", "foreign_origin")
         refused(client.options("/v1/completions", headers=headers), 403, "Origin")
 
+    def test_an_origin_that_is_no_address(self, client: TestClient) -> None:
+        refused(client.get("/health", headers={"Origin": "http://[::1"}), 403, "Origin", "foreign_origin")
+
     def test_own_origin_and_no_cors(self, client: TestClient) -> None:
         response = client.get("/v1/models", headers={"Origin": "http://localhost:8000", "Host": "localhost:8000"})
         assert response.status_code == 200
@@ -227,6 +230,16 @@ class TestPrivacy:
         assert session not in own
         assert SECRET not in text
         assert session not in text
+
+    def test_introspected_runs_count_too(self) -> None:
+        with client_of(make_app()) as client:
+            client.post("/api/introspect", json={"prompt": "abc", "max_tokens": 3})
+            text = client.get("/metrics").text
+        for line in (
+            'synapse_tokens_total{kind="prompt"} 4.0', 'synapse_tokens_total{kind="output"} 3.0',
+            'synapse_outputs_total{finish="length"} 1.0',
+        ):  # fmt: skip
+            assert line in text, text
 
     def test_metrics_count(self) -> None:
         with client_of(make_app()) as client:

@@ -297,6 +297,13 @@ def test_the_effect_is_measured_where_the_intervention_acts(client: TestClient) 
     assert len(found.kl) == 9
 
 
+def test_a_comparison_needs_no_more_places_than_the_server_has() -> None:
+    with client_of(make_app(slots=1, queue=0)) as small:
+        page = run(small, prompt=PROMPT, max_tokens=3)
+        found = compare(small, page, {"kind": "ban_expert", "layer": 0, "expert": 2}, seeds=4)
+        assert [len(control["first_divergence"]) for control in found["controls"]] == [4, 4]
+
+
 def test_a_comparison_leaves_the_session_as_it_is(client: TestClient) -> None:
     session = session_of(client, "as it was")
     known = client.get(f"/api/sessions/{session}").json()
@@ -374,6 +381,7 @@ def test_pathways_of_another_kind_are_refused(client: TestClient) -> None:
     good = client.get(f"{URL}/pathways", params={"session_id": session_of(client, "abc")}).json()
     first = good["layers"][0]
     for change, param in (
+        ({"scale": 1000.0, "layers": [first | {"pathways": [[2e3] * 4] * 4}]}, "scale"),
         ({"schema": "synapse.pathways/2"}, "schema"),
         ({"weights_sha256": "0" * 64}, "weights_sha256"),
         ({"n_experts": 5}, "n_experts"),

@@ -150,9 +150,13 @@ class TestMemory:
             model.head.weight.zero_()
             for before, after in ((ord("?"), ord("a")), (ord("a"), 1)):
                 model.head.weight[after, before] = 10.0
-        with client_of(make_app(model, codec)) as client:
+        app = make_app(model, codec)
+        submit, asked = runtime(app).engine.submit, []
+        runtime(app).engine.submit = lambda request: asked.append(request) or submit(request)
+        with client_of(app) as client:
             session = new(client)
             assert say(client, "?", session, stop=".") == "ab"
+            assert len(asked) == 1  # a second request could be refused, by a full queue or a shutdown
             with torch.no_grad():
                 expected = byte_model(d_model=256)
                 expected.load_state_dict(model.state_dict())

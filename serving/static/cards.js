@@ -11,6 +11,12 @@ export async function startCards() {
   on("model", modelCard);
   on("model points session version", stateCard);
   on("busy", pill);
+  await meet();
+}
+
+// Learns what is served, unless it is known: the first time may have failed, or the key was not at hand.
+export async function meet() {
+  if (state.model) return;
   set({ model: await api.card() });
   await look();
   setInterval(() => {

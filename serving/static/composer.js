@@ -1,10 +1,11 @@
 // From a prompt to a trace: sends it, follows the trace while the model works, and keeps the turns.
 
 import * as api from "./api.js";
+import { meet } from "./cards.js";
 import { $, h, replace } from "./dom.js";
 import { complain } from "./problem.js";
 import { refreshSession } from "./session.js";
-import { grown, open, set, state } from "./state.js";
+import { grown, on, open, set, state } from "./state.js";
 import { Trace } from "./trace.js";
 
 const KEPT = 24; // turns whose traces stay in the page
@@ -23,28 +24,35 @@ export function startComposer() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
   $("stop").addEventListener("click", () => running?.abort());
+  on("model", () => recall(state.model.traces ?? []));
+  on("server", () => {
+    if (state.server) form.elements.max_tokens.max = state.server.limits.output_tokens;
+  });
 }
 
 function request(form) {
   const data = new FormData(form);
-  const read = (name) => Number(data.get(name));
+  const filled = ["max_tokens", "temperature", "top_p", "seed"].filter((name) => data.get(name) !== "");
   const prompt = data.get("prompt").replace(/\r\n/g, "\n");
   const text = data.get("mode") === "chat" ? { messages: [{ role: "user", content: prompt }] } : { prompt };
   return {
     ...text,
     model: state.model.model.id,
-    max_tokens: read("max_tokens"),
-    temperature: read("temperature"),
-    top_p: read("top_p"),
-    ...(data.get("seed") === "" ? {} : { seed: read("seed") }),
+    ...Object.fromEntries(filled.map((name) => [name, Number(data.get(name))])),
     ...(state.session ? { session_id: state.session.id } : {}),
     trace: { level: data.get("level") },
   };
 }
 
 async function run(form) {
-  if (state.busy || !state.model) return;
+  if (state.busy) return;
   complain(null);
+  try {
+    await meet();
+  } catch (error) {
+    complain(error);
+    return;
+  }
   running = new AbortController();
   const trace = new Trace();
   const turn = { prompt: $("prompt").value, reply: "", trace };
@@ -101,10 +109,13 @@ function working(busy) {
 }
 
 // Traces that the server still holds from before this page was opened.
-export function recall(traces) {
-  turns = traces
-    .slice(-KEPT)
-    .map(({ trace_id: id, level }) => ({ id, trace: new Trace(), name: `Earlier trace ${id.slice(6, 14)}, ${level}` }));
+function recall(traces) {
+  const earlier = traces.map(({ trace_id: id, level }) => ({
+    id,
+    trace: new Trace(),
+    name: `Earlier trace ${id.slice(6, 14)}, ${level}`,
+  }));
+  turns = [...earlier, ...turns].slice(-KEPT);
   list();
 }
 

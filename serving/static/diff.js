@@ -47,6 +47,8 @@ export function startDiff(figure) {
               onclick: () => {
                 chosen.splice(index, 1);
                 show();
+                const left = list.querySelectorAll("button");
+                (left[Math.min(index, left.length - 1)] ?? form.querySelector("button")).focus();
               },
             },
             "×",

@@ -2,7 +2,7 @@
 
 import { onKeyWanted } from "./api.js";
 import { startCards } from "./cards.js";
-import { recall, startComposer } from "./composer.js";
+import { startComposer } from "./composer.js";
 import { startCursor } from "./cursor.js";
 import { startDiff } from "./diff.js";
 import { $ } from "./dom.js";
@@ -13,7 +13,7 @@ import { startTheme } from "./palette.js";
 import { complain } from "./problem.js";
 import { startRouting } from "./routing.js";
 import { startSession } from "./session.js";
-import { set, state } from "./state.js";
+import { set } from "./state.js";
 import { startStream } from "./stream.js";
 import { startTimeline } from "./timeline.js";
 
@@ -57,4 +57,3 @@ new ResizeObserver(([entry]) => {
 }).observe(document.querySelector("main"));
 
 await Promise.all([startCards(), startSession()]).catch(complain);
-recall(state.model?.traces ?? []);

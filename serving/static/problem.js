@@ -7,5 +7,6 @@ export function complain(error) {
   box.hidden = !error;
   if (!error) return;
   const wait = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
-  box.textContent = `${error.param ? `${error.param}: ` : ""}${error.message}${wait}`;
+  const named = !error.param || error.message.startsWith(`${error.param}:`);
+  box.textContent = `${named ? "" : `${error.param}: `}${error.message}${wait}`;
 }

@@ -271,12 +271,52 @@ def test_a_run_can_be_stopped(page: Page) -> None:
 
 def test_a_refusal_is_told_in_the_server_s_words(chromium: Browser, site: str) -> None:
     with visit(chromium, site, expected=("400 (Bad Request)",)) as page:
-        page.fill("#prompt", "too much")
+        page.fill("#prompt", "say nothing")
+        page.check("[name=mode][value=chat]")
         page.locator("#composer summary").click()
-        page.fill("[name=max_tokens]", "401")
+        page.fill("[name=max_tokens]", "0")
         page.click("#generate")
-        expect(page.locator("#problem")).to_contain_text("max_tokens")
+        expect(page.locator("#problem")).to_contain_text(re.compile(r"^max_tokens: (?!max_tokens)"))
         assert page.locator("#generate").is_enabled()
+
+
+def test_the_form_knows_the_server_s_limit(page: Page) -> None:
+    expect(page.locator("[name=max_tokens]")).to_have_attribute("max", "400")
+
+
+def test_an_empty_field_is_left_to_the_server(page: Page) -> None:
+    page.fill("#prompt", "nothing said")
+    page.locator("#composer summary").click()
+    for name in ("max_tokens", "temperature", "top_p", "seed"):
+        page.fill(f"[name={name}]", "")
+    with page.expect_request("**/v1/completions") as sent:
+        page.click("#generate")
+    assert sent.value.post_data_json.keys() == {"prompt", "model", "trace", "stream", "stream_options"}
+    done(page)
+    assert page.locator("#stream i[data-src=gen]").count() == 16
+
+
+def test_removing_a_change_keeps_the_focus(page: Page) -> None:
+    generate(page, "focus", tokens=2)
+    for _ in range(2):
+        page.locator("#diff form button").click()
+    for left in (1, 0):
+        page.locator("#diff .chips button").first.press("Enter")
+        assert page.locator("#diff .chips button").count() == left
+        assert page.evaluate("document.activeElement.closest('#diff') !== null")
+
+
+def test_a_key_may_be_given_later(chromium: Browser) -> None:
+    with listening(make_app(api_keys=(KEY,))) as site, visit(chromium, site, expected=("401",)) as page:
+        page.get_by_role("button", name="Not now").click()
+        expect(page.locator("#problem")).to_contain_text("API key")
+        page.fill("#prompt", "now")
+        page.click("#generate")
+        page.fill("#key", KEY)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#stream i[data-src=gen]")
+        done(page)
+        page.wait_for_selector("#status[data-state=ready]")
 
 
 def test_a_key_is_asked_for_once(chromium: Browser) -> None:

@@ -69,7 +69,12 @@ def parser() -> argparse.ArgumentParser:
     kept = made.add_argument_group("sessions").add_argument
     kept("--session-store", metavar="WHERE", help="memory, sqlite:PATH or redis://HOST:PORT/DB (memory)")
     kept("--session-ttl", type=float, metavar="SECONDS", help="until an unused one is forgotten (86400)")
-    kept("--session-bytes", type=_size, metavar="SIZE", help="of all together, such as 512M (1G)")
+    kept(
+        "--session-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="of all together, such as 512M (1G); beyond, whoever holds most loses the longest unused",
+    )
     kept("--session-count", type=int, metavar="N", help="most of one owner (1000)")
     kept("--session-key-file", type=Path, default=None, metavar="FILE", help="a key that seals what is kept")
     return made

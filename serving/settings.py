@@ -32,7 +32,7 @@ class Settings:
         drain: seconds that running requests get after SIGTERM.
         session_store: "memory", "sqlite:PATH" or "redis://HOST:PORT/DB".
         session_ttl: seconds until an unused session is forgotten.
-        session_bytes: bytes of all sessions; beyond, the longest unused are forgotten.
+        session_bytes: bytes of all sessions; beyond, whoever holds most loses the longest unused ones.
         session_count: most sessions of one owner.
         trace_tokens: tokens a trace keeps, the latest.
         trace_bytes: bytes of one trace.

@@ -115,3 +115,18 @@ def test_importing_the_package_does_not_import_the_compiler() -> None:
     code = "import sys, torch, synapse_arch; print('torch._dynamo' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("serving.__main__", "fastapi", "serve"),
+        ("serving.chat", "httpx", "serve"),
+        ("recipes.train", "accelerate", "train"),
+    ],
+)
+def test_a_program_names_the_extra_that_it_needs(module: str, package: str, extra: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import {module}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert found.returncode == 1
+    assert found.stderr.strip().endswith(f"pip install 'synapse-arch[{extra}]'")

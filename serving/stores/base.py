@@ -1,7 +1,8 @@
 """What every store does. A store knows no models and no people: names, numbers and bytes.
 
 Each call is atomic, also against other processes where they share the store. A session counts as used when it is
-loaded or saved; one unused for `ttl` seconds is gone, and so are the longest unused beyond `most_bytes`.
+loaded or saved; one unused for `ttl` seconds is gone. Beyond `most_bytes` whoever holds most loses the longest unused,
+so that nobody pushes out others who hold less.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Store(Protocol):
     def save(self, entry: Entry) -> bool:
         """Keeps an entry whose version is one above what is kept, 1 where nothing is; False, and nothing done, else.
 
-        An owner's longest unused beyond `most_owned`, and all sessions' beyond `most_bytes`, make room for it.
+        Its owner's longest unused beyond `most_owned` make room for it, and beyond `most_bytes` those of whoever holds
+        most, it included.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 from serving.stores.base import Entry, Limits, Summary
 
@@ -37,7 +38,7 @@ class MemoryStore:
             for other in owned[: max(0, len(owned) + 1 - self._limits.most_owned)]:
                 self._drop(other)
             while self._entries and self._bytes + len(entry.data) > self._limits.most_bytes:
-                self._drop(next(iter(self._entries)))
+                self._drop(self._longest_unused_of_the_largest(entry))
             self._add(entry)
             return True
 
@@ -64,6 +65,13 @@ class MemoryStore:
     def _expire(self, now: float) -> None:
         while self._entries and (first := next(iter(self._entries.values()))).used < now - self._limits.ttl:
             self._drop(first.id)
+
+    def _longest_unused_of_the_largest(self, coming: Entry) -> str:
+        """Whose owner holds most; of equal ones the longest unused."""
+        held = Counter({coming.owner: len(coming.data)})
+        for entry in self._entries.values():
+            held[entry.owner] += len(entry.data)
+        return max(self._entries.values(), key=lambda entry: held[entry.owner]).id  # the first of equals
 
     def _add(self, entry: Entry) -> None:
         self._entries[entry.id] = entry

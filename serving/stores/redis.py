@@ -63,10 +63,22 @@ if #names >= tonumber(ARGV[5]) then
     table.sort(names, function(a, b) return age[a] < age[b] end)
     for n = 1, #names + 1 - tonumber(ARGV[5]) do drop(names[n]) end
 end
-while tonumber(redis.call('GET', prefix .. 'bytes') or 0) + size > tonumber(ARGV[4]) do
-    local oldest = redis.call('ZRANGE', prefix .. 'used', 0, 0)[1]
-    if not oldest then break end
-    drop(oldest)
+if tonumber(redis.call('GET', prefix .. 'bytes') or 0) + size > tonumber(ARGV[4]) then
+    local held, kept_now = {[owner] = size}, {}
+    for n, name in ipairs(redis.call('ZRANGE', prefix .. 'used', 0, -1)) do
+        local one = cjson.decode(redis.call('HGET', prefix .. 'about', name))
+        held[one.owner] = (held[one.owner] or 0) + one.size
+        kept_now[n] = {name, one.owner, one.size}
+    end
+    while #kept_now > 0 and tonumber(redis.call('GET', prefix .. 'bytes')) + size > tonumber(ARGV[4]) do
+        local most = 1
+        for n, one in ipairs(kept_now) do
+            if held[one[2]] > held[kept_now[most][2]] then most = n end
+        end
+        local name, its_owner, its_size = unpack(table.remove(kept_now, most))
+        held[its_owner] = held[its_owner] - its_size
+        drop(name)
+    end
 end
 redis.call('HSET', prefix .. 'data:' .. id, 'version', version, 'created', created, 'data', data)
 redis.call('HSET', prefix .. 'about', id, about)

@@ -20,14 +20,15 @@ CREATE INDEX IF NOT EXISTS sessions_by_use ON sessions (used);
 CREATE INDEX IF NOT EXISTS sessions_by_owner ON sessions (owner, used);
 """
 SUMMARY = "id, owner, version, tokens, size, created, used"
-# What makes room: the longest unused first, as many as it takes.
+# What makes room: an owner's longest unused, and one of whoever holds most, as often as it takes.
 EVICT_OWNED = """
 DELETE FROM sessions WHERE id IN (
     SELECT id FROM sessions WHERE owner = ?1 AND id <> ?2 ORDER BY used DESC, id LIMIT -1 OFFSET ?3)
 """
 EVICT_BYTES = """
-DELETE FROM sessions WHERE id <> ?1 AND id IN (
-    SELECT id FROM (SELECT id, sum(size) OVER (ORDER BY used DESC, id) AS total FROM sessions) WHERE total > ?2)
+DELETE FROM sessions WHERE (SELECT sum(size) FROM sessions) > ?2 AND id IN (
+    SELECT id FROM sessions JOIN (SELECT owner, sum(size) AS held FROM sessions GROUP BY owner) USING (owner)
+    WHERE id <> ?1 ORDER BY held DESC, used, id LIMIT 1)
 """
 
 
@@ -70,7 +71,8 @@ class SQLiteStore:
             values = (*entry.summary, entry.data)
             connection.execute(f"REPLACE INTO sessions ({SUMMARY}, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
             connection.execute(EVICT_OWNED, (entry.owner, entry.id, self._limits.most_owned - 1))
-            connection.execute(EVICT_BYTES, (entry.id, self._limits.most_bytes))
+            while connection.execute(EVICT_BYTES, (entry.id, self._limits.most_bytes)).rowcount > 0:
+                pass
             return True
 
     def delete(self, session: str) -> bool:

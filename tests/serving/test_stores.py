@@ -137,6 +137,19 @@ def test_the_longest_unused_makes_room(store: Store) -> None:
     assert size <= LIMITS.most_bytes
 
 
+def test_whoever_holds_most_makes_room(make: Make) -> None:
+    store = make(LIMITS._replace(most_owned=10))
+    store.save(entry("a", used=1000.0, size=230, owner="ann"))
+    for number in range(8):
+        assert store.save(entry(f"b{number}", used=1001.0 + number, size=200, owner="bob"))
+    assert [one.id for one in store.owned("ann", 1010.0)] == ["a"]
+    assert [one.id for one in store.owned("bob", 1010.0)] == ["b7", "b6", "b5"]
+    assert store.save(entry("a2", used=1011.0, size=230, owner="ann"))
+    assert [len(store.owned(owner, 1012.0)) for owner in ("ann", "bob")] == [2, 2]
+    assert store.save(entry("a3", used=1013.0, size=230, owner="ann"))  # she would hold most
+    assert [one.id for one in store.owned("ann", 1014.0)] == ["a3", "a2"]
+
+
 def test_an_owners_longest_unused_makes_room_for_its_own(store: Store) -> None:
     store.save(entry("x", used=990.0, owner="bob"))
     for number, name in enumerate("abcd"):

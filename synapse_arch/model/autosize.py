@@ -155,7 +155,8 @@ def live_bytes(config: SynapseConfig, *, length: int) -> tuple[int, int]:
     Returns:
         the most until the loss is there, with the states of all layers, and the most from then on.
     """
-    model = SynapseModel(config).train()
+    with torch.random.fork_rng(devices=[]):  # its weights are nobody's
+        model = SynapseModel(config).train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     own = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad) if tensor is not None]

@@ -12,7 +12,7 @@ from typing import Any
 
 from synapse_arch.errors import ConfigError, explain
 from synapse_arch.modules import ExpertsConfig, MemoryConfig, ThalamusConfig, XLSTMConfig
-from synapse_arch.modules.common import check_positive
+from synapse_arch.modules.common import check_flag, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class SynapseConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, vocab_size=1, d_model=1, n_layers=1, norm_eps=0.0)
+        check_flag(self, "tie_embeddings")
         for name, kind in _nested(type(self)).items():
             value = getattr(self, name)
             optional = name != "thalamus"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from synapse_arch.errors import ShapeError, StateError, explain
+from synapse_arch.errors import ConfigError, ShapeError, StateError, explain
 from synapse_arch.introspection.joining import join_traces
 from synapse_arch.introspection.probes import synapse_trace
 from synapse_arch.introspection.records import LayerTrace, SynapseTrace
@@ -26,6 +27,7 @@ from synapse_arch.model.state import SynapseState
 from synapse_arch.modules import Routing
 from synapse_arch.modules.common import RMSNorm, wide
 from synapse_arch.modules.thalamus import expert_loads, load_balance_loss, router_z_loss
+from synapse_arch.ops._checks import check_packing
 
 WINDOW = 2048
 """Tokens read at a time where no gradient is wanted."""
@@ -166,13 +168,13 @@ class SynapseModel(nn.Module):
 
         Raises:
             ShapeError: a wrong shape, dtype or id. StateError: a state of another model or batch.
-            ConfigError: controls that leave no choice, an unknown backend.
+            ConfigError: controls that leave no choice, an unknown backend, a trace of layers that are not there.
         """
-        self._check(ids, state, targets, logits_to_keep)
+        options = {"segment_ids": segment_ids, "mask": mask, "trace": trace, "expert_backend": expert_backend}
+        self._check(ids, state, targets, logits_to_keep, options)
         if controls is not None:
             controls.check(self.config, ids.shape[0])
         before = state if state is not None else self.init_state(ids.shape[0], device=ids.device)
-        options = {"segment_ids": segment_ids, "mask": mask, "trace": trace, "expert_backend": expert_backend}
         passes = self._read_windows(ids, before, controls, options)
         x = passes[0].x if len(passes) == 1 else torch.cat([one.x for one in passes], dim=1)
         routings = [_join(parts) for parts in zip(*(one.routings for one in passes), strict=True)]
@@ -238,6 +240,15 @@ class SynapseModel(nn.Module):
         from synapse_arch.model import checkpoint
 
         return checkpoint.from_pretrained(directory, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SynapseModel:
+        """A copy whose parameters keep their marks (no weight decay, float32), which torch would drop."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for own, theirs in zip(self.parameters(), copied.parameters(), strict=True):
+            theirs.__dict__.update(own.__dict__)
+        return copied
 
     def _layers(self) -> list[SynapseLayer]:
         return cast(list[SynapseLayer], list(self.layers))
@@ -322,7 +333,14 @@ class SynapseModel(nn.Module):
         found = [routing.indices for routing in routings if routing is not None]
         return expert_loads(torch.stack(found), self.config.n_experts) if found else None
 
-    def _check(self, ids: Tensor, state: SynapseState | None, targets: Tensor | None, logits_to_keep: int) -> None:
+    def _check(
+        self,
+        ids: Tensor,
+        state: SynapseState | None,
+        targets: Tensor | None,
+        logits_to_keep: int,
+        options: dict[str, Any],
+    ) -> None:
         if not isinstance(ids, Tensor) or ids.dim() != 2 or 0 in ids.shape:
             got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise ShapeError(explain("ids", "(B, T) with B, T > 0", got, "add a batch dimension with ids[None]"))
@@ -333,6 +351,11 @@ class SynapseModel(nn.Module):
             self._check_ids("targets", targets.masked_fill(targets == IGNORED, 0))
         if not 0 <= logits_to_keep <= ids.shape[1]:
             raise ShapeError(explain("logits_to_keep", f"0 to T={ids.shape[1]}", logits_to_keep))
+        check_packing(options["segment_ids"], options["mask"], {"B": ids.shape[0], "T": ids.shape[1]})
+        trace: TraceSpec | None = options["trace"]
+        outside = [layer for layer in (trace and trace.layers) or () if layer >= self.config.n_layers]
+        if outside:
+            raise ConfigError(explain("TraceSpec.layers", f"0 to {self.config.n_layers - 1}", outside[0]))
         if state is not None:
             self._check_state(state, ids.shape[0])
 

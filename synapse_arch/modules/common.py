@@ -95,7 +95,10 @@ def no_decay(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def keep_float32(parameter: nn.Parameter) -> nn.Parameter:
-    """Marks a parameter that stays float32 when a model is cast (decay rates, routers), never weight-decayed."""
+    """Marks a parameter that is loaded in float32 whatever dtype is asked for (decay rates, routers), never decayed.
+
+    Calling `.to(dtype)` on a module narrows it as any other.
+    """
     parameter._keep_float32 = True  # type: ignore[attr-defined]
     return no_decay(parameter)
 
@@ -147,7 +150,7 @@ def check_positive(config: object, **fields: float) -> None:
     for name, least in fields.items():
         value = getattr(config, name)
         wanted = int if isinstance(least, int) else (int, float)
-        if isinstance(value, bool) or not isinstance(value, wanted) or not value >= least:
+        if isinstance(value, bool) or not isinstance(value, wanted) or not least <= value < math.inf:
             kind = "an integer" if isinstance(least, int) else "a number"
             raise ConfigError(explain(f"{type(config).__name__}.{name}", f"{kind} >= {least}", repr(value)))
 

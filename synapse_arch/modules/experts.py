@@ -40,6 +40,8 @@ class ExpertsConfig:
     def __post_init__(self) -> None:
         check_positive(self, n_experts=1, d_expert=1, d_shared=0)
         if self.labels is not None:
+            if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels):
+                raise ConfigError(explain("ExpertsConfig.labels", "a sequence of names", repr(self.labels)))
             object.__setattr__(self, "labels", tuple(self.labels))
             if len(self.labels) != self.n_experts:
                 raise ConfigError(explain("ExpertsConfig.labels", f"{self.n_experts} names", len(self.labels)))

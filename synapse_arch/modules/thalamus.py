@@ -68,6 +68,7 @@ class ThalamusConfig:
             check_choice(self, "mamba", ("ssd", "s6"))
         check_flag(self, "context")
         check_positive(self, top_k=1, noise=0.0, load_balance=0.0, z_loss=0.0, bias_rate=0.0, hebbian_gain=0.0)
+        check_positive(self, hebbian_decay=0.0)
         if not 0.0 < self.hebbian_decay < 1.0:
             raise ConfigError(explain("ThalamusConfig.hebbian_decay", "between 0 and 1", self.hebbian_decay))
         _ = self.mamba_config  # validates the rest
@@ -261,7 +262,13 @@ class Thalamus(nn.Module):
     def _fire_together(
         self, indices: Tensor, coactivation: Tensor, segment_ids: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """Coactivation ← λ · coactivation + (1 − λ) a aᵀ a token, for all tokens at once."""
+        """Coactivation ← λ · coactivation + (1 − λ) a aᵀ a token, for all tokens at once, in the state's own dtype."""
+        with no_autocast(coactivation):
+            return self._accumulate(indices, coactivation, segment_ids, mask)
+
+    def _accumulate(
+        self, indices: Tensor, coactivation: Tensor, segment_ids: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         decay, experts = self.config.hebbian_decay, self.n_experts
         if indices.shape[1] == 1 and mask is None:
             fired = torch.zeros_like(coactivation[:, :1]).scatter_(-1, indices, 1.0)

@@ -56,9 +56,11 @@ class XLSTMConfig:
         check_positive(self, n_heads=1, d_conv=2, qk_ratio=1e-3, gate_cap=1e-3)
         if self.d_hidden is not None:
             check_positive(self, d_hidden=1)
-        if len(self.forget_gate_bias) != 2:
-            raise ConfigError(explain("XLSTMConfig.forget_gate_bias", "(first, last)", self.forget_gate_bias))
-        object.__setattr__(self, "forget_gate_bias", tuple(self.forget_gate_bias))
+        given = self.forget_gate_bias
+        numbers = isinstance(given, (tuple, list)) and all(isinstance(bias, (int, float)) for bias in given)
+        if not numbers or len(given) != 2:
+            raise ConfigError(explain("XLSTMConfig.forget_gate_bias", "(first, last), two numbers", repr(given)))
+        object.__setattr__(self, "forget_gate_bias", tuple(given))
 
 
 class MLSTMLayerState(NamedTuple):

@@ -71,6 +71,11 @@ def autocast_enabled(x: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+def finite_log(x: Tensor) -> Tensor:
+    """Log decays in which that of 0, −inf, is a number whose exponential is 0 too: sums with −inf would be NaN."""
+    return x.clamp(min=-1e6)
+
+
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A region on `x`'s device where autocast does not narrow matrix products."""
     if autocast_enabled(x):

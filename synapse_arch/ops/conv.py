@@ -61,7 +61,7 @@ def causal_conv1d(
     history = sizes["W"] - 1
     check_state("state", state, f"B {history} D", sizes)
     check_packing(segment_ids, mask, sizes)
-    dtype = compute_dtype(x, weight, state)
+    dtype = compute_dtype(x, weight, bias, state)
     before = x.new_zeros(sizes["B"], history, sizes["D"], dtype=dtype) if state is None else state.to(dtype)
     if activation not in (None, "silu"):
         raise ConfigError(explain("activation", "None or 'silu'", repr(activation)))

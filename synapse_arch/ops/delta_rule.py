@@ -19,7 +19,7 @@ from torch import Tensor
 
 from synapse_arch.errors import ConfigError, explain
 from synapse_arch.ops import _triton
-from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, widen
+from synapse_arch.ops._backends import compute_dtype, finite_log, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import Reach, chunks_first, decay_gaps, reach, unchunk_first
 from synapse_arch.ops._linear import linear_chunks
@@ -141,7 +141,7 @@ def _prepare(
     """Queries, keys, values in `narrow`, all else in `dtype`; masked positions are silent, the writes in one line."""
     q, k, v = widen(narrow, (q, k, v))
     beta = beta.to(dtype)
-    decay = q.new_zeros(q.shape[:-1], dtype=dtype) if log_decay is None else log_decay.to(dtype)
+    decay = q.new_zeros(q.shape[:-1], dtype=dtype) if log_decay is None else finite_log(log_decay.to(dtype))
     write = None if write is None else write.to(dtype)
     if mask is not None:
         beta, decay = _silence(beta, mask), _silence(decay, mask)

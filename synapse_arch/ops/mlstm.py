@@ -18,7 +18,7 @@ from torch import Tensor
 
 from synapse_arch.errors import StateError, explain
 from synapse_arch.ops import _triton
-from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, widen
+from synapse_arch.ops._backends import compute_dtype, finite_log, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import reach
 from synapse_arch.ops._linear import linear_chunks
@@ -119,7 +119,7 @@ def _check(
 
 def _log_gates(i: Tensor, f: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Logs of the input and forget gates (B, T, H); masked positions neither write nor decay."""
-    log_i, log_f = i, F.logsigmoid(f)
+    log_i, log_f = i, finite_log(F.logsigmoid(f))
     if mask is not None:
         log_i = log_i.masked_fill(~mask[..., None], -torch.inf)
         log_f = log_f.masked_fill(~mask[..., None], 0.0)

@@ -57,7 +57,7 @@ def selective_scan(
     sizes = _check(u, dt, A, B, C, D, state, segment_ids, mask, chunk_size)
     chosen = resolve("selective_scan", backend)
     with no_autocast(u):
-        dtype = compute_dtype(u, dt, A, state)
+        dtype = compute_dtype(u, dt, A, B, C, D, state)
         wide, steps = u.to(dtype), dt.to(dtype)
         if mask is not None:
             steps = torch.where(mask[..., None], steps, 0.0)  # dt = 0 neither decays nor writes

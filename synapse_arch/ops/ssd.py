@@ -55,7 +55,7 @@ def ssd(
         ShapeError, StateError: arguments that do not fit. ConfigError, BackendUnavailable: the backend.
     """
     sizes = _check(x, dt, A, B, C, D, state, segment_ids, mask, chunk_size)
-    dtype = compute_dtype(x, dt, A, state)
+    dtype = compute_dtype(x, dt, A, B, C, D, state)
     chosen = _triton.choose("ssd", backend, x, dtype, sizes["N"], sizes["P"])
     with no_autocast(x):
         steps = dt.to(dtype)

@@ -5,7 +5,6 @@ build("synapse", task=TASKS["parity"], protocol=TASKS["parity"].protocols["cpu"]
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,7 +133,7 @@ def synapse_config(vocab_size: int, d_model: int, n_layers: int) -> SynapseConfi
     """The library's defaults, with smaller parts where the model is narrower than theirs.
 
     A layer alone is about as large as two of the peers' blocks. Several are half as large each, where a half still has
-    two heads.
+    two heads; where it has not they stay whole, and peers of equal size have larger blocks.
     """
     if d_model >= LIBRARY_WIDTH:
         return SynapseConfig(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers)
@@ -176,10 +175,8 @@ def build(name: str, *, task: Task, protocol: Protocol) -> Learner:
 
 
 def _config(task: Task, protocol: Protocol) -> SynapseConfig:
-    """As many layers as the peers have blocks; half as many where layers of half the size would have one head."""
-    whole = protocol.d_model < HALVES_WIDTH
-    n_layers = math.ceil(protocol.n_layers / 2) if whole else protocol.n_layers
-    return synapse_config(task.vocab_size, protocol.d_model, n_layers)
+    """As many layers as the peers have blocks."""
+    return synapse_config(task.vocab_size, protocol.d_model, protocol.n_layers)
 
 
 def _synapse(change: Callable[[SynapseConfig], SynapseConfig], task: Task, protocol: Protocol) -> Learner:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from synapse_arch.errors import ConfigError, ShapeError, StateError, explain
 from synapse_arch.ops import causal_conv1d
+from synapse_arch.ops._backends import compute_dtype
 from synapse_arch.ops.gating import rms_norm
 
 
@@ -76,10 +77,10 @@ class ShortConv(nn.Module):
         self.bias = no_decay(nn.Parameter(torch.zeros(channels)))
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None) -> Tensor:
-        """(B, W-1, D) zeros, of the weight's dtype."""
+        """(B, W-1, D) zeros, float32 or as wide as the weight."""
         channels, width = self.weight.shape
         device = self.weight.device if device is None else device
-        return torch.zeros(batch_size, width - 1, channels, dtype=self.weight.dtype, device=device)
+        return torch.zeros(batch_size, width - 1, channels, dtype=compute_dtype(self.weight), device=device)
 
     def forward(
         self, x: Tensor, state: Tensor | None, *, segment_ids: Tensor | None = None, mask: Tensor | None = None

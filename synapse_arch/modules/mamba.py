@@ -30,6 +30,7 @@ from synapse_arch.modules.common import (
     wide,
 )
 from synapse_arch.ops import selective_scan, ssd
+from synapse_arch.ops._backends import compute_dtype
 from synapse_arch.ops.gating import gate
 
 
@@ -139,7 +140,7 @@ class Mamba(nn.Module):
         c = self.config
         shape = (self.n_heads, c.head_dim, c.d_state) if c.variant == "ssd" else (self.d_inner, c.d_state)
         device = self.A_log.device if device is None else device
-        ssm = torch.zeros(batch_size, *shape, dtype=self.A_log.dtype, device=device)
+        ssm = torch.zeros(batch_size, *shape, dtype=compute_dtype(self.A_log), device=device)
         return MambaState(self.conv.init_state(batch_size, device=device), ssm)
 
     def forward(

@@ -34,6 +34,7 @@ from synapse_arch.modules.common import (
     wide,
 )
 from synapse_arch.ops import delta_rule
+from synapse_arch.ops._backends import compute_dtype
 from synapse_arch.ops.delta_rule import Rule
 from synapse_arch.ops.gating import gate
 
@@ -143,7 +144,7 @@ class FastWeightMemory(nn.Module):
         c = self.config
         conv = self.conv.init_state(batch_size, device=device)
         shape = (batch_size, c.n_heads, c.d_key, c.d_value)
-        return FastWeightState(conv, torch.zeros(shape, dtype=self.A_log.dtype, device=conv.device))
+        return FastWeightState(conv, torch.zeros(shape, dtype=compute_dtype(self.A_log), device=conv.device))
 
     def forward(
         self,

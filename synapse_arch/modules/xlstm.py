@@ -27,6 +27,7 @@ from synapse_arch.modules.common import (
     wide,
 )
 from synapse_arch.ops import MLSTMState, mlstm
+from synapse_arch.ops._backends import compute_dtype
 from synapse_arch.ops.gating import gate
 
 
@@ -116,7 +117,8 @@ class XLSTM(nn.Module):
         """The state before the first position."""
         conv = self.conv.init_state(batch_size, device=device)
         heads = (batch_size, self.config.n_heads)
-        zeros = torch.zeros(*heads, self.d_key, self.d_value + 2, dtype=self.input_gate_bias.dtype, device=conv.device)
+        dtype = compute_dtype(self.input_gate_bias)
+        zeros = torch.zeros(*heads, self.d_key, self.d_value + 2, dtype=dtype, device=conv.device)
         C, n, m = zeros[..., :-2].clone(), zeros[..., -2].clone(), zeros[..., 0, -1].clone()
         return MLSTMLayerState(conv, MLSTMState(C, n, m))
 

@@ -27,7 +27,7 @@ from synapse_arch.model.state import SynapseState
 from synapse_arch.modules import Routing
 from synapse_arch.modules.common import RMSNorm, wide
 from synapse_arch.modules.thalamus import expert_loads, load_balance_loss, router_z_loss
-from synapse_arch.ops._checks import check_packing
+from synapse_arch.ops._checks import check_packing, check_shape
 
 WINDOW = 2048
 """Tokens read at a time where no gradient is wanted."""
@@ -208,7 +208,7 @@ class SynapseModel(nn.Module):
 
         Left to the user: no gain of them made three byte models better on held-out text (paper, what routing means).
         """
-        self._check_state(state, state.batch_size)
+        self._check_state(state)
         for layer, remembered in zip(self._layers(), state.layers, strict=True):
             if layer.experts is not None:
                 layer.thalamus.consolidate(remembered.thalamus)
@@ -222,9 +222,8 @@ class SynapseModel(nn.Module):
         Raises:
             ShapeError: the load is of other sizes.
         """
-        expected = (self.config.n_layers, self.config.n_experts)
-        if tuple(load.shape) != expected:
-            raise ShapeError(explain("load", expected, tuple(load.shape), "pass SynapseOutput.expert_load"))
+        sizes = {"L": self.config.n_layers, "E": self.config.n_experts}
+        check_shape("load", load, "L E", sizes, remedy="pass SynapseOutput.expert_load")
         for layer, counts in zip(self._layers(), load, strict=True):
             layer.thalamus.balance(counts)
 
@@ -346,18 +345,23 @@ class SynapseModel(nn.Module):
             raise ShapeError(explain("ids", "(B, T) with B, T > 0", got, "add a batch dimension with ids[None]"))
         self._check_ids("ids", ids)
         if targets is not None:
-            if targets.shape != ids.shape:
-                raise ShapeError(explain("targets", tuple(ids.shape), tuple(targets.shape), "shift ids by one token"))
+            sizes = {"B": ids.shape[0], "T": ids.shape[1]}
+            check_shape("targets", targets, "B T", sizes, remedy="shift ids by one token")
             self._check_ids("targets", targets.masked_fill(targets == IGNORED, 0))
         if not 0 <= logits_to_keep <= ids.shape[1]:
             raise ShapeError(explain("logits_to_keep", f"0 to T={ids.shape[1]}", logits_to_keep))
         check_packing(options["segment_ids"], options["mask"], {"B": ids.shape[0], "T": ids.shape[1]})
         trace: TraceSpec | None = options["trace"]
+        if trace is not None and not isinstance(trace, TraceSpec):
+            raise ConfigError(explain("trace", "a TraceSpec", type(trace).__name__, 'as in TraceSpec(level="gates")'))
         outside = [layer for layer in (trace and trace.layers) or () if layer >= self.config.n_layers]
         if outside:
             raise ConfigError(explain("TraceSpec.layers", f"0 to {self.config.n_layers - 1}", outside[0]))
         if state is not None:
-            self._check_state(state, ids.shape[0])
+            self._check_state(state)
+            if state.batch_size != ids.shape[0]:
+                remedy = "use state.select(rows) or model.init_state(batch_size)"
+                raise StateError(explain("state", f"{ids.shape[0]} rows, as many as ids", state.batch_size, remedy))
 
     def _check_ids(self, name: str, ids: Tensor) -> None:
         if ids.dtype not in (torch.int64, torch.int32):
@@ -369,15 +373,12 @@ class SynapseModel(nn.Module):
                 expected = f"ids from 0 to {self.config.vocab_size - 1}"
                 raise ShapeError(explain(name, expected, f"{low} to {high}", remedy))
 
-    def _check_state(self, state: SynapseState, batch_size: int) -> None:
+    def _check_state(self, state: SynapseState) -> None:
         """The cheap part; the ops check each tensor's shape."""
         if not isinstance(state, SynapseState):
             raise StateError(
                 explain("state", "a SynapseState", type(state).__name__, "use model.init_state(batch_size)")
             )
-        if state.batch_size != batch_size:
-            remedy = "use state.select(rows) or model.init_state(batch_size)"
-            raise StateError(explain("state", f"{batch_size} rows, as many as ids", state.batch_size, remedy))
         if len(state.layers) != self.config.n_layers:
             got = f"{len(state.layers)} layers"
             raise StateError(explain("state", f"{self.config.n_layers} layers", got, "use a state of this model"))

@@ -38,7 +38,7 @@ def expert_swiglu(
             or "reference" (every expert on every token).
 
     Returns:
-        (n, D) in x's dtype (under autocast, in autocast's).
+        (n, D) in x's dtype (under autocast, in autocast's unless x is float64).
 
     Raises:
         ShapeError: arguments that do not fit. ConfigError, BackendUnavailable: the backend.
@@ -47,7 +47,7 @@ def expert_swiglu(
     chosen = resolve("expert_swiglu", backend)
     if backend == "auto" and x.device.type != "cpu":
         chosen = "grouped"
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if _narrowed(x) else x.dtype
     if backend == "auto" and chosen == "grouped" and is_step(sizes["n"]) and w_in.dtype != torch.bfloat16:
         return _gathered_step(x.to(dtype), w_in, w_out, indices, weights)
     x = x.to(dtype)  # weights follow expert by expert
@@ -69,6 +69,11 @@ def expert_swiglu(
     return _through(x, w_in, w_out, _place(x, order, counts), weights)
 
 
+def _narrowed(x: Tensor) -> bool:
+    """Whether products of x are autocast's, which leaves float64 alone."""
+    return autocast_enabled(x) and x.dtype != torch.float64
+
+
 def _check(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tensor) -> Sizes:
     """The sizes of expert_swiglu's arguments, or the errors that it names."""
     sizes: Sizes = {}
@@ -83,7 +88,7 @@ def _check(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Ten
     if indices.dtype.is_floating_point or indices.dtype == torch.bool:
         raise ShapeError(explain("indices", "an integer dtype", indices.dtype))
     for name, w in (("w_in", w_in), ("w_out", w_out)):
-        if w.dtype != x.dtype and not autocast_enabled(x):
+        if w.dtype != x.dtype and not _narrowed(x):
             raise ShapeError(explain(name, f"x's dtype {x.dtype}", w.dtype, "convert one of them, or use autocast"))
     if indices.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
         _check_indices(indices, sizes["E"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from synapse_arch import (
     ExpertsConfig,
     MemoryConfig,
     ShapeError,
+    StateError,
     SynapseConfig,
     SynapseModel,
     ThalamusConfig,
@@ -33,6 +35,23 @@ def test_a_mask_of_other_sizes_is_refused(shape: tuple[int, ...], grad: bool) ->
 def test_a_trace_of_a_layer_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"TraceSpec\.layers: expected 0 to 1, got 7"):
         small_model()(tokens(1, 3), trace=TraceSpec(layers=(0, 7)))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda model: model(tokens(1, 3), targets=[[1, 2, 3]]), ShapeError, "targets: expected a tensor, got list"),
+        (lambda model: model(tokens(1, 3), trace="gates"), ConfigError, "trace: expected a TraceSpec, got str"),
+        (lambda model: model.balance_router(None), ShapeError, "load: expected a tensor, got NoneType"),
+        (lambda model: model.balance_router(torch.ones(1, 2)), ShapeError, r"load: expected \(L, E\)"),
+        (lambda model: model.consolidate(None), StateError, "state: expected a SynapseState, got NoneType"),
+    ],
+)
+def test_what_is_no_tensor_state_or_trace_is_refused(
+    call: Callable[[SynapseModel], object], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        call(small_model())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synapse_arch.errors import BackendUnavailable
+from synapse_arch.errors import BackendUnavailable, ShapeError
 from synapse_arch.ops import expert_swiglu, experts
 from synapse_arch.ops._backends import fall_back
 from tests.contracts.cases import normal, uniform
@@ -132,6 +132,16 @@ def test_autocast_runs_the_products_in_its_dtype(backend: str) -> None:
         assert (result[name].float() - x).norm() < 0.03 * x.norm(), name
         if name.startswith("grad"):
             assert result[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["sorted", "rowwise", "reference"])
+def test_autocast_leaves_float64_alone(backend: str) -> None:
+    tensors, indices = draw(torch.float64), route()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = run(backend, indices, tensors)
+        with pytest.raises(ShapeError, match="w_in: expected x's dtype"):
+            expert_swiglu(**{**tensors, "w_in": tensors["w_in"].float()}, indices=indices, backend=backend)
+    assert_equal(result, run(backend, indices, tensors))
 
 
 @pytest.mark.parametrize("frozen", ["x", "w_in", "w_out", "weights"])

@@ -81,7 +81,7 @@ class GraphedStep:
         self._ids = torch.zeros(state.batch_size, 1, dtype=torch.long, device=device)
         with torch.no_grad():
             _, after = eager_step(model, self._ids, state, None)
-        # A narrow model's fresh state is narrower than those it returns.
+        # What was given, from a file say, may be narrower than what a step returns.
         layers = map_tensors(lambda mine, other: mine.to(other.dtype, copy=True), state.layers, after.layers)
         self._state = SynapseState(layers, state.position.clone())
         self._graph = torch.cuda.CUDAGraph()

@@ -325,7 +325,7 @@ class Numbers:
         if DENSE in self.models:
             ours, dense = self.pair(BYTES, DENSE)
             goal = "below dense" if dense.median is None else f"below {dense.median:.3f}, dense"
-            value = _bits(ours.median) if dense.found else None
+            value = _bits_of(ours) if dense.found else None
             bars.append(Bar("bytes, sparse experts, bits per byte", value, goal, ours.better_than(dense)))
         value, met = None, None
         if self.routing is not None:
@@ -341,12 +341,17 @@ def _equal_time(what: str, cells: Mapping[str, Cell]) -> Bar:
     least = min(peers, default=None)
     met = None if ours is None or least is None else ours < least
     goal = "below every peer" if least is None else f"below {least:.3f}, the best peer"
-    value = f"{ours:.3f} (one seed)" if ours is not None and len(cells[OURS].scores) == 1 else _bits(ours)
-    return Bar(f"{what}, bits per byte", value, goal, met)
+    return Bar(f"{what}, bits per byte", _bits_of(cells[OURS]), goal, met)
 
 
 def _optional(file: Path) -> Record | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _bits_of(cell: Cell) -> str | None:
+    """The median, and whether it is one seed's."""
+    shown = _bits(cell.median)
+    return f"{shown} (one seed)" if len(cell.scores) == 1 else shown
 
 
 def _bits(value: float | None) -> str | None:

@@ -28,18 +28,21 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 
 
 
 def scores(numbers: Numbers, tasks: Sequence[str], *, published: bool = True) -> str:
-    """A row a model, a column a task; the best median of a column is bold. Below: the goals, and published scores."""
+    """A row a model, a column a task; the best median of a column, as it is printed, is bold.
+
+    Below: the goals, and published scores.
+    """
     tasks = [task for task in tasks if task in numbers.tasks]
     models = shown(numbers, tasks)
     cells = {(model, task): numbers.cell(task, model) for model in models for task in tasks}
-    leading = {task: _leader({model: cells[model, task] for model in models}) for task in tasks}
+    leading = {task: _leaders({model: cells[model, task] for model in models}) for task in tasks}
     rows = []
     for model in models:
         line = [spread(cells[model, task]) for task in tasks]
         rows.append(
             [
                 name(model),
-                *(f"**{text}**" if leading[task] == model else text for task, text in zip(tasks, line, strict=True)),
+                *(f"**{text}**" if model in leading[task] else text for task, text in zip(tasks, line, strict=True)),
             ]
         )
     goals = [numbers.tasks[task].bar for task in tasks]
@@ -66,12 +69,14 @@ def _published(numbers: Numbers, tasks: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def _leader(cells: dict[str, Cell]) -> str | None:
+def _leaders(cells: dict[str, Cell]) -> list[str]:
+    """The models whose medians are printed as the best one is."""
     known = {model: cell for model, cell in cells.items() if cell.median is not None}
     if len(known) < 2:
-        return None
+        return []
     lower = any(cell.bits for cell in known.values())
-    return min(known, key=lambda model: (known[model].median or 0.0) * (1 if lower else -1))
+    best = min(known.values(), key=lambda cell: (cell.median or 0.0) * (1 if lower else -1))
+    return [model for model, cell in known.items() if result(cell) == result(best)]
 
 
 def protocol(numbers: Numbers) -> str:
@@ -144,6 +149,8 @@ def _change(default: Cell, changed: Cell) -> str:
 
 
 def _signed(shown: str) -> str:
+    if not float(shown):
+        return shown.removeprefix("-")
     return f"−{shown[1:]}" if shown.startswith("-") else f"+{shown}"
 
 

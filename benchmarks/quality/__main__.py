@@ -79,6 +79,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     cells = tuple(itertools.product(options.lr, options.weight_decay or (0.0,))) if options.lr else ()
     work = [(task, model) for task in tasks for model in options.model]
+    lengths = [options.steps or _steps(*pair, options) for pair in work]  # before anything is trained
     threads = max(1, torch.get_num_threads() // options.jobs)
     with ProcessPoolExecutor(
         options.jobs, mp_context=get_context("spawn"), initializer=runs.prepare, initargs=(threads,)
@@ -87,17 +88,19 @@ def _run(options: argparse.Namespace) -> None:
         futures = [
             pool.submit(
                 runs.experiment, task, model, scale=options.scale, seeds=tuple(options.seeds), cells=cells,
-                steps=options.steps or _steps(task, model, options.seconds), **common,
+                steps=steps, **common,
             )
-            for task, model in work
+            for (task, model), steps in zip(work, lengths, strict=True)
         ]  # fmt: skip
         for future in futures:
             future.result()
     print(table(options.results, tasks))
 
 
-def _steps(task: str, model: str, seconds: float | None) -> int | None:
-    return None if seconds is None else budget.steps(task, [model], seconds=seconds)[model]
+def _steps(task: str, model: str, options: argparse.Namespace) -> int | None:
+    if options.seconds is None:
+        return None
+    return budget.steps(task, [model], seconds=options.seconds, bf16=options.bf16)[model]
 
 
 def _listing() -> str:

@@ -26,7 +26,15 @@ WARM, ROUNDS = 12, 12
 
 
 def measure(task: str, models: Sequence[str], *, bf16: bool) -> dict[str, Any]:
-    """Times a training step of each model, in turn, and keeps the medians; `steps` reads them."""
+    """Times a training step of each model, in turn, and keeps the medians; `steps` reads them.
+
+    Raises:
+        ConfigError: models that were timed before are not among them: only what was timed together is compared.
+    """
+    file = SPEEDS / f"{task}.json"
+    if lost := sorted(_known(task).get("step_seconds", {}).keys() - set(models)):
+        remedy = f"name them too, or remove {file}"
+        raise ConfigError(explain(f"--time on {task}", f"also {', '.join(lost)}, timed before", "others", remedy))
     keep_freed_memory()
     protocol, seed = TASKS[task].protocols["cpu"], 0
     trainers = {}
@@ -38,7 +46,7 @@ def measure(task: str, models: Sequence[str], *, bf16: bool) -> dict[str, Any]:
         for _ in range(WARM):
             trainer.step()
     times = interleaved({name: trainer.step for name, trainer in trainers.items()}, ROUNDS, "timing a step of each")
-    file, place = SPEEDS / f"{task}.json", environment()
+    place = environment()
     record = {
         "task": task,
         "step_seconds": {name: statistics.median(values) for name, values in times.items()},
@@ -54,16 +62,25 @@ def measure(task: str, models: Sequence[str], *, bf16: bool) -> dict[str, Any]:
     return record
 
 
-def steps(task: str, models: Sequence[str], *, seconds: float) -> dict[str, int]:
+def steps(task: str, models: Sequence[str], *, seconds: float, bf16: bool = False) -> dict[str, int]:
     """Optimizer steps that fit into `seconds`, by the record of `measure`.
 
     Raises:
-        ConfigError: there is no record, or a model is missing in it.
+        ConfigError: there is no record, a model is missing in it, or it was made in another precision.
     """
-    file = SPEEDS / f"{task}.json"
-    known = json.loads(file.read_text(encoding="utf-8"))["step_seconds"] if file.exists() else {}
+    record = _known(task)
+    known = record.get("step_seconds", {})
     for name in models:
         if name not in known:
             remedy = f"on a quiet machine: python -m benchmarks.quality --task {task} --model ... --time"
             raise ConfigError(explain(f"the time of a step of {name} on {task}", "a record", "none", remedy))
+    if record["bf16"] != bf16:
+        expected, got = (f"{'with' if flag else 'without'} --bf16" for flag in (record["bf16"], bf16))
+        raise ConfigError(explain(f"--seconds on {task}", f"{expected}, as the steps were timed", got))
     return {name: max(1, round(seconds / known[name])) for name in models}
+
+
+def _known(task: str) -> dict[str, Any]:
+    """The record of `measure`, or nothing."""
+    file = SPEEDS / f"{task}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

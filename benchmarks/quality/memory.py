@@ -1,6 +1,6 @@
 """What memory buys: facts told once, asked after filler, in a later session, overwritten, among many others.
 
-    python -m benchmarks.quality.memory [--out paper/results/memory.json] [--quick]
+    python -m benchmarks.quality.memory [--seeds 0 1 2] [--out FILE] [--quick]
 
 Small models learn to answer about keys that are kept from training, so that nothing can be recalled but what the state
 carried over. Models with a memory are trained with the full state and, every other step, with `memory_only`; the one
@@ -46,9 +46,12 @@ from benchmarks.quality.memory_capacity import capacity
 from benchmarks.quality.memory_facts import VALUES, Facts, filler, keys, make_facts, make_overwritten
 from benchmarks.quality.memory_training import MODELS, Training, configuration, train
 from synapse_arch import SynapseModel, SynapseState
+from synapse_arch.errors import ConfigError, explain
 from synapse_arch.model.state import named_tensors
 
 Curves = dict[str, Any]
+RESULT = ROOT / "paper" / "results" / "memory.json"
+QUICK_RESULT = Path("runs/memory-quick.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +267,11 @@ def record(runs: list[dict[str, Any]], header: dict[str, Any], measuring: Measur
 
 
 def run(out: Path, seeds: Sequence[int], training: Training, measuring: Measuring) -> dict[str, Any]:
-    """Trains and measures what the file does not hold yet, and writes it after every model."""
+    """Trains and measures what the file does not hold yet, and writes it after every model; what it holds stays.
+
+    Raises:
+        ConfigError: the file holds runs of another configuration, or of another machine.
+    """
     place = environment()
     machine = {key: place[key] for key in ("cpu", "threads", "torch", "python", "dtype")}
     config = {
@@ -273,12 +280,15 @@ def run(out: Path, seeds: Sequence[int], training: Training, measuring: Measurin
         "models": {name: configuration(memory).to_dict() for name, memory in MODELS.items()},
     }
     header = {"commit": place["commit"], "machine": machine, "config": json.loads(json.dumps(config))}
-    header["seeds"] = list(seeds)
     known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     same = all(known.get(key) == header[key] for key in ("machine", "config"))
-    runs = [{"commit": known["commit"]} | old for old in known.get("runs", []) if same and old["seed"] in seeds]
+    if known and not same:
+        remedy = "choose another --out, or remove the file"
+        raise ConfigError(explain(str(out), "runs of this configuration and machine", "others", remedy))
+    runs = [{"commit": known["commit"]} | old for old in known.get("runs", [])]
+    header["seeds"] = sorted({*seeds, *(old["seed"] for old in runs)})
     found = {(old["model"], old["seed"]) for old in runs}
-    header["capacity"] = (same and known.get("capacity")) or capacity(measuring.facts, answers=8 * measuring.answers)
+    header["capacity"] = known.get("capacity") or capacity(measuring.facts, answers=8 * measuring.answers)
     order = [(name, seed) for seed in seeds for name in MODELS if (name, seed) not in found]
     for name, seed in progress(order, "models"):
         runs.append({"commit": place["commit"]} | perform(name, seed, training, measuring))
@@ -291,18 +301,22 @@ def run(out: Path, seeds: Sequence[int], training: Training, measuring: Measurin
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.memory", description="What memory buys.")
-    parser.add_argument("--out", type=Path, default=ROOT / "paper" / "results" / "memory.json")
+    parser.add_argument("--out", type=Path, help=f"{RESULT.relative_to(ROOT)}, or with --quick {QUICK_RESULT}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args(arguments)
     training, measuring = (QUICK_TRAINING, QUICK_MEASURING) if options.quick else (Training(), Measuring())
-    result = run(options.out, options.seeds, training, measuring)
+    out = options.out or (QUICK_RESULT if options.quick else RESULT)
+    try:
+        result = run(out, options.seeds, training, measuring)
+    except ConfigError as error:
+        parser.error(str(error))
     for name, model in result["models"].items():
         for experiment in ("forgetting", "interference"):
             for state in STATES:
                 curve = "  ".join(f"{value:.3f}" for value in model[experiment][state]["median"])
                 print(f"{name:8} {experiment:13} {state:12} {curve}")
-    print(options.out)
+    print(out)
 
 
 if __name__ == "__main__":

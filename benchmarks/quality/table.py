@@ -16,7 +16,7 @@ def table(results: Path, tasks: Sequence[str] = ()) -> str:
 
     `tried` counts the learning rates and weight decays that the row's were chosen from.
     """
-    found = [record for record in read(results) if not tasks or record["task"] in tasks]
+    found = [record for record in read(results) if record["task"] in (tasks or TASKS)]  # there may be older ones
     kinds = sorted({(record["task"], record["scale"]) for record in found}, key=lambda kind: list(TASKS).index(kind[0]))
     return "\n\n".join(
         _of_task(*kind, [record for record in found if (record["task"], record["scale"]) == kind]) for kind in kinds

@@ -207,6 +207,28 @@ def test_unknown_names_are_errors(tmp_path: Path) -> None:
         found.core("no such figure")
 
 
+def test_the_seeds_of_a_score_are_of_one_configuration() -> None:
+    found: dict[tuple[object, ...], str] = {}
+    for result in records.read(numbers.RESULTS / "runs"):
+        run = tuple(result[key] for key in ("task", "model", "scale", "steps", "lr", "weight_decay"))
+        config = json.dumps(result["config"], sort_keys=True)
+        assert found.setdefault(run, config) == config, result["file"]
+
+
+def test_models_whose_medians_are_printed_alike_are_bold_alike(tmp_path: Path) -> None:
+    runs = [record("parity", "synapse", 0, 0.99996), record("parity", "mlstm", 0, 1.0), record("s3", "mlstm", 0, 0.5)]
+    table = tables.scores(fixture.numbers(tmp_path, [*runs, record("s3", "synapse", 0, 0.4)]), ["parity", "s3"])
+    ours, theirs = (line for line in table.splitlines() if line.startswith(("| Synapse", "| mLSTM")))
+    assert ours.count("**") == 2
+    assert theirs.count("**") == 4
+
+
+def test_what_rounds_to_nothing_has_no_sign() -> None:
+    assert [tables._signed(shown) for shown in ("-0.000", "0.000", "-0.001", "0.001")] == [
+        "0.000", "0.000", "−0.001", "+0.001",
+    ]  # fmt: skip
+
+
 def test_every_result_says_where_it_comes_from() -> None:
     for result in records.read(numbers.RESULTS):
         assert not records.unsourced(result), result["file"]

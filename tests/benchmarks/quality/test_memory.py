@@ -17,6 +17,7 @@ from benchmarks.quality.memory_facts import make_facts as facts_of
 from benchmarks.quality.memory_facts import make_overwritten as overwritten_of
 from benchmarks.quality.memory_training import MODELS, Training, configuration, training_facts
 from synapse_arch import SynapseModel
+from synapse_arch.errors import ConfigError
 from synapse_arch.ops import delta_rule
 
 
@@ -277,5 +278,9 @@ def test_an_interrupted_run_goes_on_and_keeps_what_is_known(tmp_path: Path, monk
     assert performed == [("delta", 0), ("hebbian", 0), ("none", 0), ("none", 0), *((name, 1) for name in MODELS)]
     assert [run["commit"] == "older" for run in made["runs"]] == [True, True, False, False, False, False]
     assert made["models"]["delta"]["value"] == {"median": 0.5, "min": 0.0, "max": 1.0}
-    memory.run(out, (0,), replace(memory.QUICK_TRAINING, steps=3), memory.QUICK_MEASURING)
-    assert len(performed) == 10
+    more = memory.run(out, (2,), memory.QUICK_TRAINING, memory.QUICK_MEASURING)
+    assert (more["seeds"], len(more["runs"]), len(performed)) == ([0, 1, 2], 9, 10)
+    kept = out.read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="runs of this configuration and machine"):
+        memory.run(out, (0,), replace(memory.QUICK_TRAINING, steps=3), memory.QUICK_MEASURING)
+    assert out.read_text(encoding="utf-8") == kept

@@ -181,10 +181,33 @@ def test_table_compares_equal_training(tmp_path: Path) -> None:
 
 def test_equal_time_is_counted_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "SPEEDS", tmp_path)
-    (tmp_path / "bytes.json").write_text(json.dumps({"step_seconds": {"synapse": 0.5, "mlstm": 0.25}}))
+    timed = {"step_seconds": {"synapse": 0.5, "mlstm": 0.25}, "bf16": False}
+    (tmp_path / "bytes.json").write_text(json.dumps(timed))
     assert budget.steps("bytes", ["synapse", "mlstm"], seconds=60) == {"synapse": 120, "mlstm": 240}
     with pytest.raises(ConfigError, match="mamba2"):
         budget.steps("bytes", ["mamba2"], seconds=60)
+    with pytest.raises(ConfigError, match="expected without --bf16, as the steps were timed, got with --bf16"):
+        budget.steps("bytes", ["synapse"], seconds=60, bf16=True)
+    with pytest.raises(ConfigError, match="also mlstm, timed before"):
+        budget.measure("bytes", ["synapse", "mamba2"], bf16=False)
+
+
+def test_nothing_is_trained_before_every_time_is_known(
+    tiny: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(budget, "SPEEDS", tmp_path)
+    monkeypatch.setattr(command, "ProcessPoolExecutor", None)
+    (tmp_path / "parity.json").write_text(json.dumps({"step_seconds": {"synapse": 0.5}, "bf16": False}))
+    assert command.main(["--task", "parity", "--model", "synapse", "mlstm", "--seconds", "1"]) == 2
+    assert "mlstm" in capsys.readouterr().err
+
+
+def test_a_record_of_a_task_that_is_gone_is_left_out(tiny: Task, tmp_path: Path) -> None:
+    perform(RUN, **folders(tmp_path))
+    known = table(tmp_path / "results")
+    for file in (tmp_path / "results").rglob("*.json"):
+        file.with_name("gone.json").write_text(file.read_text().replace('"tiny"', '"gone"'))
+    assert table(tmp_path / "results") == known
 
 
 def test_command(tiny: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

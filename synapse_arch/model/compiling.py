@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,27 @@ def compiled_step(backend: str = "inductor") -> Step:
 
         options = {"post_grad_custom_pre_pass": StreamedProducts()}
     return torch.compile(eager_step, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
+GUARDED = 2
+"""Steps of a loop before which torch.compile looks whether its code fits: later ones go on with what these return."""
+
+
+def settled(step: Step) -> Step:
+    """A compiled step for a loop that feeds it its own states, the first few calls of which are guarded.
+
+    What torch.compile would look at again before every later step, a sixth of its time, cannot have changed: this is
+    for loops in which nobody else's code runs. To go on with another state, or another model, make another one.
+    """
+    calls = itertools.count()
+
+    def run(model: SynapseModel, ids: Tensor, state: SynapseState, mask: Tensor | None) -> tuple[Tensor, SynapseState]:
+        if next(calls) < GUARDED:
+            return step(model, ids, state, mask)
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            return step(model, ids, state, mask)
+
+    return run
 
 
 def eager_step(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from synapse_arch.errors import ConfigError, ShapeError, StateError, explain
 from synapse_arch.introspection.records import SynapseTrace
 from synapse_arch.introspection.trace import TraceSpec
-from synapse_arch.model.compiling import compiled_step, require_compiler
+from synapse_arch.model.compiling import Step, compiled_step, require_compiler, settled
 from synapse_arch.model.sampling import Sampling, StopMatcher, draw_tokens, penalise, row_generators, uniforms
 from synapse_arch.model.state import SynapseState
 
@@ -192,7 +192,7 @@ def generate(
         ShapeError, StateError, ConfigError: as `stream`.
     """
     sampling = sampling or Sampling()
-    decoder = _Decoder(model, ids, state, sampling=sampling, mask=mask, trace=None, compile=compile)
+    decoder = _Decoder(model, ids, state, sampling=sampling, mask=mask, trace=None, compile=compile, alone=True)
     rows = [_Row([], [], StopMatcher(sampling.stop)) for _ in range(ids.shape[0])]
     decoder.read_prompt()
     before = deque([decoder.state], maxlen=max(map(len, sampling.stop), default=1))  # states to go back to
@@ -241,7 +241,10 @@ class _Choice(NamedTuple):
 
 
 class _Decoder:
-    """A running batch: the state, and the logits for what comes next. Checks its arguments when made."""
+    """A running batch: the state, and the logits for what comes next. Checks its arguments when made.
+
+    With `alone` no other code runs between its steps.
+    """
 
     def __init__(
         self,
@@ -253,6 +256,7 @@ class _Decoder:
         mask: Tensor | None,
         trace: TraceSpec | None,
         compile: bool,
+        alone: bool = False,
     ) -> None:
         vocabulary = model.config.vocab_size
         _check_prompt(ids, mask, vocabulary)
@@ -271,7 +275,9 @@ class _Decoder:
             state.check_against(model, batch, device=device)
         self.state = state
         self.trace: SynapseTrace | None = None
-        self._model, self._sampling, self._spec, self._compile = model, sampling, trace, compile
+        self._model, self._sampling, self._spec = model, sampling, trace
+        self._compile, self._alone = compile, alone
+        self._compiled = self._compiled_step() if compile else None
         self._prompt = ids.to(device).long()
         self._mask = None if mask is None or bool(mask.all()) else mask.to(device)
         self._logits = torch.empty(0)
@@ -322,10 +328,14 @@ class _Decoder:
         ids = torch.tensor(tokens, device=device)[:, None]
         self._logits = (self._step(ids, mask) if self._compile else self._advance(ids, mask))[:, -1]
 
+    def _compiled_step(self) -> Step:
+        return settled(compiled_step()) if self._alone else compiled_step()
+
     @torch.no_grad()
     def _step(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        assert self._compiled is not None
         with _evaluating(self._model):
-            logits, self.state = compiled_step()(self._model, ids, self.state, mask)
+            logits, self.state = self._compiled(self._model, ids, self.state, mask)
         return logits
 
     def rewind(self, row: int, state: SynapseState) -> None:
@@ -333,6 +343,8 @@ class _Decoder:
         rows = torch.zeros(self.state.batch_size, dtype=torch.bool, device=self.state.device)
         rows[row] = True
         self.state = state.where(rows, self.state)
+        if self._compile:
+            self._compiled = self._compiled_step()
 
     @torch.no_grad()
     def _advance(self, ids: Tensor, mask: Tensor | None, *, keep: int = 1) -> Tensor:

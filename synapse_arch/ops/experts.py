@@ -58,7 +58,7 @@ def expert_swiglu(
     if chosen == "rowwise":
         return _rowwise(x, w_in, w_out, indices, weights)
     if chosen == "sorted" and is_step(sizes["n"]):
-        step = _step_operator if torch.compiler.is_compiling() else _step
+        step = _gathered_step if torch.compiler.is_compiling() else _step
         return step(x, w_in, w_out, indices, weights)
     order, counts = sort_by_expert(indices, sizes["E"])
     weights = torch.where(indices >= 0, weights, 0.0).to(x.dtype)
@@ -154,8 +154,11 @@ def _step(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tens
 
 
 def _gathered_step(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """One token where numbers must not be read out of a tensor: the weights of its experts are copied together."""
-    used, chosen = indices[0] >= 0, indices[0].clamp(min=0)
+    """One token where numbers must not be read out of a tensor: the weights of its experts are copied together.
+
+    Compiled for a CPU, they are read where they lie.
+    """
+    used, chosen = indices[0] >= 0, indices[0].clamp(0, w_in.shape[0] - 1)  # bounds that a compiler sees
     gate, up = (x @ w_in[chosen].to(x.dtype)).chunk(2, dim=-1)  # (k, 1, F)
     rows = ((F.silu(gate) * up) @ w_out[chosen].to(x.dtype))[:, 0]  # (k, D)
     share = torch.where(used, weights[0], 0.0).to(x.dtype)
@@ -335,10 +338,3 @@ _sorted = opaque(
         x.new_empty(_most_rows(x, order.shape[0], w_in.shape[0]), w_in.shape[2]),
     ),
 )
-
-
-_step_operator = torch.library.custom_op(
-    "synapse_arch::expert_step", _step, mutates_args=(),
-    schema="(Tensor x, Tensor w_in, Tensor w_out, Tensor indices, Tensor weights) -> Tensor",
-)  # fmt: skip
-_step_operator.register_fake(lambda x, *_: torch.empty_like(x))

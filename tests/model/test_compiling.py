@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from synapse_arch import BackendUnavailable, ConfigError, Sampling, ThalamusConfig, TraceSpec
 from synapse_arch.model._products import FEW, StreamedProducts
-from synapse_arch.model.compiling import GraphedStep, compiled_step
+from synapse_arch.model.compiling import GUARDED, GraphedStep, compiled_step, settled
 from synapse_arch.model.generation import generate, stream
+from synapse_arch.ops import expert_swiglu
 from tests.helpers import assert_same
 from tests.model.small import small_model, tokens
 
@@ -65,7 +68,8 @@ def test_compiled_generation_says_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 
     def watched(self: StreamedProducts, graph: Graph) -> None:
         streamed(self, graph)
-        left.append(len(graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)))
+        targets = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+        left.append(sum(len(graph.find_nodes(op="call_function", target=target)) for target in targets))
 
     monkeypatch.setattr(StreamedProducts, "__call__", watched)
     model = small_model(memory=None, thalamus=ThalamusConfig(mamba=None)).double().eval()
@@ -95,6 +99,43 @@ def test_products_of_few_rows_become_sums(rows: int, dtype: torch.dtype) -> None
     left = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
     assert len(left) == (0 if rows <= FEW else 2)
     torch.testing.assert_close(traced(*arguments), two_layers(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("inputs", [5, 32])
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
+def test_products_of_many_matrices_become_sums(rows: int, inputs: int, dtype: torch.dtype) -> None:
+    arguments = [torch.randn(*shape, dtype=dtype) for shape in ((3, rows, inputs), (3, inputs, 7))]
+    traced = make_fx(torch.bmm, tracing_mode="fake")(*arguments)
+    StreamedProducts()(traced.graph)
+    traced.recompile()
+    left = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default)
+    assert len(left) == (0 if rows <= FEW else 1)
+    torch.testing.assert_close(traced(*arguments), torch.bmm(*arguments))
+
+
+@needs_compiler
+def test_a_compiled_token_goes_through_its_experts() -> None:
+    """As many as it has: none where the slot is unused."""
+    generator = torch.Generator().manual_seed(0)
+    x, w_in, w_out = (torch.randn(*s, generator=generator) for s in ((1, 32), (4, 32, 48), (4, 24, 32)))
+    weights = torch.tensor([[0.7, 0.3]])
+    options = {"post_grad_custom_pre_pass": StreamedProducts()}
+    step = torch.compile(lambda indices: expert_swiglu(x, w_in, w_out, indices, weights), options=options)
+    with torch.no_grad():
+        for indices in ([[3, 1]], [[-1, 2]], [[0, -1]]):
+            expected = expert_swiglu(x, w_in, w_out, torch.tensor(indices), weights, backend="reference")
+            torch.testing.assert_close(step(torch.tensor(indices)), expected)
+
+
+def test_a_settled_step_is_guarded_at_first_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    step = torch.compile(lambda model, ids, state, mask: (ids * model.factor, state), backend="eager")
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda **how: looked.append(how) or contextlib.nullcontext())
+    model, run = SimpleNamespace(factor=2), settled(step)
+    for _ in range(GUARDED + 2):
+        assert run(model, torch.ones(1, 1), None, None)[0] == 2
+    assert looked == [{"skip_guard_eval_unsafe": True}] * 2
 
 
 def test_a_trace_is_not_compiled() -> None:

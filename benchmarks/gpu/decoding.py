@@ -36,7 +36,7 @@ def _steps(
     model: SynapseModel, form: str, what: str, batch: int, device: str, bandwidth: float, rounds: int
 ) -> list[Figure]:
     ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    step = compiled_step() if form.startswith("compiled") else eager_step
+    step = compiled_step("cuda") if form.startswith("compiled") else eager_step
     if form.endswith("graph"):
         graphed = GraphedStep(model, model.init_state(batch), step=step)
         times = interleaved({form: lambda: graphed(ids)}, rounds, device, repeat=20)[form]

@@ -34,17 +34,18 @@ def require_compiler(device: torch.device) -> None:
 
 
 @functools.cache
-def compiled_step(backend: str = "inductor") -> Step:
+def compiled_step(device: str = "cpu", backend: str = "inductor") -> Step:
     """The step, compiled when it is first called for a model and a batch size; torch keeps up to eight of these.
 
     Args:
+        device: the type of the device it will run on.
         backend: of torch.compile; "eager" traces without translating.
     """
     options: dict[str, str | int | bool | Callable[..., Any]] | None = None
-    if backend == "inductor":
+    if backend == "inductor" and device == "cpu":
         from synapse_arch.model._products import StreamedProducts  # imports the compiler
 
-        options = {"post_grad_custom_pre_pass": StreamedProducts()}
+        options = {"post_grad_custom_pre_pass": StreamedProducts(), "cpp_wrapper": True}
     return torch.compile(eager_step, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
@@ -194,18 +194,19 @@ def generate(
     sampling = sampling or Sampling()
     decoder = _Decoder(model, ids, state, sampling=sampling, mask=mask, trace=None, compile=compile, alone=True)
     rows = [_Row([], [], StopMatcher(sampling.stop)) for _ in range(ids.shape[0])]
-    decoder.read_prompt()
-    before = deque([decoder.state], maxlen=max(map(len, sampling.stop), default=1))  # states to go back to
-    for _ in range(sampling.max_tokens):
-        choice = decoder.choose([row.finish is None for row in rows])
-        for number, row in enumerate(rows):
-            matched = row.push(choice.ids[number], choice.logprobs[number]) if row.finish is None else 0
-            if matched > 1:  # the beginning of the stop sequence has been read
-                decoder.rewind(number, before[-matched])
-        if all(row.finish for row in rows):
-            break
-        decoder.read(choice.ids, [row.finish is None for row in rows])
-        before.append(decoder.state)
+    with _evaluating(model):
+        decoder.read_prompt()
+        before = deque([decoder.state], maxlen=max(map(len, sampling.stop), default=1))  # states to go back to
+        for _ in range(sampling.max_tokens):
+            choice = decoder.choose([row.finish is None for row in rows])
+            for number, row in enumerate(rows):
+                matched = row.push(choice.ids[number], choice.logprobs[number]) if row.finish is None else 0
+                if matched > 1:  # the beginning of the stop sequence has been read
+                    decoder.rewind(number, before[-matched])
+            if all(row.finish for row in rows):
+                break
+            decoder.read(choice.ids, [row.finish is None for row in rows])
+            before.append(decoder.state)
     return GenerateOutput(
         ids=[row.ids for row in rows],
         logprobs=[row.logprobs for row in rows],
@@ -243,7 +244,7 @@ class _Choice(NamedTuple):
 class _Decoder:
     """A running batch: the state, and the logits for what comes next. Checks its arguments when made.
 
-    With `alone` no other code runs between its steps.
+    With `alone` no other code runs between its steps, and the caller has put the model into evaluation mode.
     """
 
     def __init__(
@@ -277,8 +278,8 @@ class _Decoder:
         self.trace: SynapseTrace | None = None
         self._model, self._sampling, self._spec = model, sampling, trace
         self._compile, self._alone = compile, alone
-        self._compiled = self._compiled_step() if compile else None
         self._prompt = ids.to(device).long()
+        self._compiled = self._compiled_step() if compile else None
         self._mask = None if mask is None or bool(mask.all()) else mask.to(device)
         self._logits = torch.empty(0)
         self._seen: Tensor | None = None
@@ -328,13 +329,17 @@ class _Decoder:
         ids = torch.tensor(tokens, device=device)[:, None]
         self._logits = (self._step(ids, mask) if self._compile else self._advance(ids, mask))[:, -1]
 
+    def _mode(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._alone else _evaluating(self._model)
+
     def _compiled_step(self) -> Step:
-        return settled(compiled_step()) if self._alone else compiled_step()
+        step = compiled_step(self._prompt.device.type)
+        return settled(step) if self._alone else step
 
     @torch.no_grad()
     def _step(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         assert self._compiled is not None
-        with _evaluating(self._model):
+        with self._mode():
             logits, self.state = self._compiled(self._model, ids, self.state, mask)
         return logits
 
@@ -348,7 +353,7 @@ class _Decoder:
 
     @torch.no_grad()
     def _advance(self, ids: Tensor, mask: Tensor | None, *, keep: int = 1) -> Tensor:
-        with _evaluating(self._model):
+        with self._mode():
             out = self._model(ids, self.state, mask=mask, trace=self._spec, logits_to_keep=keep)
         self.state, self.trace = out.state, out.trace
         return cast(Tensor, out.logits)

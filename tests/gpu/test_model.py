@@ -126,7 +126,7 @@ def test_a_layer_compiles_to_one_graph_and_trains_the_same(model: SynapseModel) 
 def test_a_graphed_step_is_the_step(model: SynapseModel, compiled: bool) -> None:
     torch.compiler.reset()
     narrow(model)
-    step = compiled_step() if compiled else eager_step
+    step = compiled_step("cuda") if compiled else eager_step
     with torch.no_grad():
         state = model(tokens(4, 33)).state
         graphed = GraphedStep(model, state, step=step)

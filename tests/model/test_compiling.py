@@ -53,7 +53,7 @@ def test_all_steps_are_one_graph_without_a_break(batch: int) -> None:
             for _ in range(3):
                 ids = tokens(batch, 1)
                 expected = model(ids, state, mask=mask)
-                logits, other = compiled_step("eager")(model, ids, other, mask)
+                logits, other = compiled_step(backend="eager")(model, ids, other, mask)
                 state = expected.state
                 assert_same({"logits": logits, **other.to_tensors()}, {"logits": expected.logits, **state.to_tensors()})
     found = torch._dynamo.utils.counters

@@ -27,6 +27,7 @@ from recipes.optim import optimizer_tensors, restore_optimizer
 from recipes.tokenizer import TOKENIZER_FILE, Tokenizer
 from synapse_arch import SynapseModel, SynapseState
 from synapse_arch.errors import CheckpointError, ConfigError, StateError, explain
+from synapse_arch.model import _files
 
 RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
@@ -95,6 +96,11 @@ def refuse_used(out: Path) -> None:
     if _own_items(out):
         remedy = "go on with --resume, choose another --out, or replace it with --overwrite"
         raise CheckpointError(explain(f"--out {out}", "a folder without a run", "one that holds a run", remedy))
+
+
+def is_cleared(path: Path, out: Path) -> bool:
+    """Whether `path` lies in what a new run in `out` would replace."""
+    return any(path.resolve().is_relative_to(item.resolve()) for item in _own_items(out))
 
 
 def prepare_folder(out: Path, *, parameters: int, keep: int, clear: bool) -> None:
@@ -175,14 +181,26 @@ def model_folder(folder: Path, option: str) -> Path:
     """The folder of a model: the one given, or the newest checkpoint where it is that of a run.
 
     Raises:
-        CheckpointError: there is neither.
+        CheckpointError: there is neither, or it is an adapter or in shards.
     """
     if (folder / "config.json").is_file():
         return folder
-    if found := _checkpoints(folder):
-        return found[max(found)]
-    got = "a folder without them" if folder.is_dir() else "no such folder"
-    raise CheckpointError(explain(f"{option} {folder}", "a model, or a run with a checkpoint in it", got))
+    chosen, remedy = newest(folder), ""
+    if (chosen / "adapter_config.json").is_file():
+        got, remedy = "an adapter", "merge it into its base first: see recipes/adapters.py"
+    elif (chosen / SHARDS_FOLDER).is_dir() and not (chosen / "config.json").is_file():
+        got, remedy = "a model in shards", f"make it whole: python -m recipes.sharded {chosen} FOLDER"
+    elif chosen != folder:
+        return chosen
+    else:
+        got = "a folder without them" if folder.is_dir() else "no such folder"
+    raise CheckpointError(explain(f"{option} {folder}", "a model, or a run with a checkpoint in it", got, remedy))
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint of a run, any other folder as it is."""
+    found = _checkpoints(folder)
+    return found[max(found)] if found else folder
 
 
 def save(
@@ -228,7 +246,9 @@ def save(
         if tokenizer is not None:
             tokenizer.save(aside)
         write_json(aside / TRAINER_FILE, {"schema": SCHEMA, **asdict(progress)})
+        _files.sync_tree(aside)
         aside.rename(final)
+        _files.sync_directory(out)
         found = _checkpoints(out)
         for step in sorted(found)[:-keep]:
             if step != progress.best_step:
@@ -318,9 +338,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _own_items(out: Path) -> list[Path]:
-    """What of `out` belongs to a run."""
+    """What of `out` belongs to a run; a tokenizer alone is none."""
     names = (RUN_FILE, LOG_FILE, RESULT_FILE, CURVES_FILE, TOKENIZER_FILE, TRACKERS_FOLDER)
-    return [item for item in out.iterdir() if item.name in names or _step(item) is not None] if out.is_dir() else []
+    found = [item for item in out.iterdir() if item.name in names or _step(item) is not None] if out.is_dir() else []
+    return found if [item.name for item in found] != [TOKENIZER_FILE] else []
 
 
 def _checkpoints(out: Path) -> dict[int, Path]:

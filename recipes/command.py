@@ -106,8 +106,9 @@ def resumed(stored: RunConfig, given: dict[str, Any]) -> RunConfig:
         ConfigError: another value for anything else.
     """
     values = stored.to_dict()
-    for name, value in given.items():
-        value = tuple(value) if name in ("overrides", "trackers") else value
+    typed = RunConfig.from_dict(given).to_dict()  # a file may say 1e-3, which YAML reads as a text
+    for name in given:
+        value = typed[name]
         if (name, value) == ("mixed_precision", "auto"):
             continue
         if name not in RESUMABLE and value != values[name]:

@@ -183,7 +183,10 @@ def read_config(path: Path) -> dict[str, Any]:
         model = values.pop(MODEL)
         if not isinstance(model, Mapping):
             raise ConfigError(explain(f"--config {path}: {MODEL}", "a mapping of fields", type(model).__name__))
-        values["overrides"] = [*values.get("overrides", ()), *_flatten(model)]
+        given = values.get("overrides", [])
+        if not isinstance(given, list):
+            raise ConfigError(explain(f"--config {path}: overrides", "a list of KEY=VALUE", repr(given)))
+        values["overrides"] = [*given, *_flatten(model)]
     return values
 
 

@@ -99,6 +99,8 @@ def _log(path: Path) -> list[dict[str, Any]]:
         raise DataError(explain(str(path), "the log of a run", error, "check the folder")) from error
     if not lines:
         raise DataError(explain(str(path), "lines of a run", "none", "train some steps first"))
+    if "bits_per_byte" not in lines[0]:
+        raise DataError(explain(str(path), "the log of recipes/train.py", f"one of {', '.join(lines[0])}"))
     return lines
 
 

@@ -99,7 +99,7 @@ def load_model(folder: Path, adapter: Path | None) -> tuple[SynapseModel, Tokeni
         got = tokenizer.vocab_size
         raise ConfigError(explain(f"tokenizer of {folder}", f"{model.config.vocab_size} tokens", got, remedy))
     if adapter is not None:
-        model = load_lora(model, adapter).merge_and_unload()
+        model = load_lora(model, checkpoint.newest(adapter)).merge_and_unload()
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval(), tokenizer

@@ -178,19 +178,25 @@ class Finetuner:
 
     @torch.no_grad()
     def judge(self) -> dict[str, float]:
-        """The figures of the held-out examples, a mean over them; every process reads them all."""
+        """The figures of the held-out examples: of the language loss a mean over their tokens, of all else over them.
+
+        Every process reads them all.
+        """
         if self.held_out is None:
             return {}
         self.model.eval()
         sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
         rows, size = self.held_out.rows, self.config.batch_size
         for start in range(0, len(rows), size):
             part = list(rows[start : start + size])
             terms, figures = self.terms(part)
             for name, value in {**terms, **figures}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(part)
+                count = sum(len(row.answers[0]) for row in part) if name == "language" else len(part)
+                sums[name] = sums.get(name, 0.0) + float(value) * count
+                counts[name] = counts.get(name, 0) + count
         self.model.train()
-        return {name: value / len(rows) for name, value in sums.items()}
+        return {name: value / counts[name] for name, value in sums.items()}
 
     def total(self, value: float | Tensor) -> float:
         """A number summed over the processes."""
@@ -235,6 +241,11 @@ def configure(command: Command) -> tuple[FinetuneConfig, Tokenizer, Pairs, Pairs
         if not command.overwrite:
             checkpoint.refuse_used(command.out)
     base = checkpoint.model_folder(Path(config.base), "--base")
+    if command.overwrite and checkpoint.is_cleared(base, command.out):
+        remedy = "it would be removed with the run that is replaced: choose another --out"
+        raise ConfigError(
+            explain(f"--base {base} with --overwrite", f"a model outside {command.out}", "one in it", remedy)
+        )
     config = dataclasses.replace(config, base=str(base))
     tokenizer = load_tokenizer(base)
     vocabulary = checkpoint.read_json(base / "config.json").get("vocab_size")
@@ -265,7 +276,7 @@ def finetune(command: Command) -> bool:
     with contextlib.ExitStack() as held:
         on_main(accelerator, lambda: held.enter_context(checkpoint.claim(command.out)))
         tuner = Finetuner(config, command.out, pairs, held_out, tokenizer, accelerator, resume=command.resume)
-        on_main(accelerator, lambda: start(tuner, clear=not command.resume))
+        on_main(accelerator, lambda: start(tuner, command))
         finished = tuner.run()
         figures = tuner.judge() if finished else {}
         on_main(accelerator, lambda: report(tuner, figures, finished=finished))
@@ -273,10 +284,12 @@ def finetune(command: Command) -> bool:
     return finished
 
 
-def start(tuner: Finetuner, *, clear: bool) -> None:
+def start(tuner: Finetuner, command: Command) -> None:
     """Makes the folder ready, writes down what will run, and says it."""
+    if not (command.resume or command.overwrite):  # a run may have begun and ended there while the base was loaded
+        checkpoint.refuse_used(tuner.out)
     config, progress = tuner.config, tuner.progress
-    checkpoint.prepare_folder(tuner.out, parameters=tuner.trainable, keep=1, clear=clear)
+    checkpoint.prepare_folder(tuner.out, parameters=tuner.trainable, keep=1, clear=not command.resume)
     values = dataclasses.asdict(config)
     checkpoint.open_run(tuner.out, values, tuner.pairs.fingerprint, tuner.tokenizer, step=progress.step)
     whole = sum(parameter.numel() for parameter in tuner.model.parameters())

@@ -216,6 +216,8 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> FinetuneConfig:
         ConfigError: another value for anything else.
     """
     config = from_dict(stored)
+    if given.get("base") == str(Path(config.base).parent):  # the run whose newest checkpoint it was
+        given = {**given, "base": config.base}
     for name, value in given.items():
         if name not in RESUMABLE and value != getattr(config, name):
             remedy = "leave it away, or start a new run in another --out"

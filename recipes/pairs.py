@@ -84,7 +84,7 @@ def read_pairs(path: Path, fields: Sequence[str], tokenizer: Tokenizer, *, lengt
     """
     try:
         data = path.read_bytes()
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(explain(str(path), "a file of JSON lines in UTF-8", error, "check the path")) from error
     rows = []

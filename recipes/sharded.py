@@ -13,6 +13,7 @@ only folders you trust. What `convert` writes is none.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from recipes.checkpoint import read_json, write_json
+from recipes.checkpoint import SHARDS_FOLDER, read_json, write_json
+from recipes.tokenizer import TOKENIZER_FILE
 from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.errors import CheckpointError, SynapseError, explain
 
@@ -29,7 +31,7 @@ CONFIG_FILE = "config.json"
 SINGLE = ".*assuming the intent is to (load|save) in a single process"
 """A warning of torch's, where the intent is just that."""
 EPILOG = """examples:
-  python -m recipes.sharded runs/large/shards runs/large/model    a folder for SynapseModel.from_pretrained
+  python -m recipes.sharded runs/large/step-00001000 runs/large-whole    a folder for SynapseModel.from_pretrained
 """
 
 
@@ -120,12 +122,22 @@ def read_sizes(folder: Path) -> SynapseConfig:
 def convert(folder: Path, out: Path) -> SynapseModel:
     """The whole model of a sharded checkpoint, in one process, and its safetensors in `out`.
 
+    Args:
+        folder: what `save` wrote, or a checkpoint of recipes/train.py that holds it, whose tokenizer is copied too.
+        out: the model's folder.
+
     Raises:
         CheckpointError: the folder is missing or damaged, or `out` cannot be written.
     """
-    model = SynapseModel(read_sizes(folder))
-    _read(folder, {"model": model.state_dict()}, no_dist=True)  # in place: the dict holds the model's own tensors
+    shards = folder / SHARDS_FOLDER if (folder / SHARDS_FOLDER).is_dir() else folder
+    if not list(shards.glob("*.distcp")):
+        remedy = "give a step folder of a run with --shard"
+        raise CheckpointError(explain(str(folder), "a sharded checkpoint", "a folder without shards", remedy))
+    model = SynapseModel(read_sizes(shards))
+    _read(shards, {"model": model.state_dict()}, no_dist=True)  # in place: the dict holds the model's own tensors
     model.save_pretrained(out)
+    if (folder / TOKENIZER_FILE).is_file():
+        shutil.copyfile(folder / TOKENIZER_FILE, out / TOKENIZER_FILE)
     return model
 
 
@@ -151,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="what recipes.sharded.save wrote")
+    parser.add_argument("folder", type=Path, help="a checkpoint in shards: a step folder of a run")
     parser.add_argument("out", type=Path, help="folder of the model to write")
     options = parser.parse_args(argv)
     try:

@@ -286,9 +286,9 @@ def main(argv: list[str] | None = None) -> int:
             sides[held].append(document)
         texts = (_text(document) for document in tqdm(sides[0], "reading", unit=" documents"))
         tokenizer = train_bpe(texts, options.vocab_size)
+        tokens = sum(len(ids) for ids in tokenizer.read(sides[1]))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(tokenizer.source, encoding="utf-8")
-        tokens = sum(len(ids) for ids in tokenizer.read(sides[1]))
     except (SynapseError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -228,6 +228,8 @@ def same_text(command: Command, text: Tokens) -> None:
 
 def start(trainer: Trainer, command: Command) -> None:
     """Makes the folder ready, writes down what will run, and says it."""
+    if not (command.resume or command.overwrite):  # a run may have begun and ended there while the text was read
+        checkpoint.refuse_used(trainer.out)
     config, accelerator, text = trainer.config, trainer.accelerator, trainer.tokens
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     keep = config.keep + config.keep_best

@@ -165,7 +165,7 @@ class Trainer:
                 stopping = self.step(started)
                 bar.update(step=progress.step, seconds=progress.seconds, tokens=tokens, loss=self.last["language"])
                 self.log(bar)
-                best = False
+                best, former = False, (progress.best, progress.best_step)
                 if progress.seconds >= eval_at:
                     best = self.look(bar)
                     eval_at = progress.seconds + 60 * config.eval_minutes
@@ -174,6 +174,7 @@ class Trainer:
                         self.save()
                     except SynapseError as error:
                         bar.say(f"not saved, training goes on: {error}")
+                        progress.best, progress.best_step = former  # whose checkpoint is there
                     save_at = progress.seconds + 60 * config.save_minutes
             self.save()
         return not stopping

@@ -99,6 +99,13 @@ def sync_directory(directory: Path) -> None:
         _sync(directory)
 
 
+def sync_tree(folder: Path) -> None:
+    """Waits until all that a folder holds is on the disk, where the system can do that."""
+    if os.name == "posix":
+        for path in (*folder.rglob("*"), folder):
+            _sync(path)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -65,6 +65,7 @@ def test_what_is_shown_reads_back_to_the_same(tmp_path: Path, capsys: pytest.Cap
         ("a.yaml", "- 1", "expected a mapping of settings, got list"),
         ("a.yaml", "a: [1", "expected a readable file"),
         ("a.yaml", "model: 3", "model: expected a mapping"),
+        ("a.yaml", "model: {n_layers: 1}\noverrides: null", "overrides: expected a list of KEY=VALUE, got None"),
         ("a.json", '{"lr": 1', "expected a readable file"),
         ("a.json", '{"lr": "fast"}', "lr: expected a number, got 'fast'"),
         ("a.json", '{"steps": 1.5}', "steps: expected a whole number, got 1.5"),
@@ -98,3 +99,6 @@ def test_a_resumed_run_changes_only_budget_and_cadence() -> None:
     for change in ({"lr": 1.0}, {"carry": True}, {"accumulate": 2}, {"tokenizer": "/x"}):
         with pytest.raises(ConfigError, match="with --resume"):
             resumed(stored, change)
+    assert resumed(RunConfig(lr=1e-3), {"lr": "1e-3"}).lr == 1e-3  # as YAML reads it
+    with pytest.raises(ConfigError, match="trackers: expected a list of texts"):
+        resumed(stored, {"trackers": None})

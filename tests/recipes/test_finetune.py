@@ -228,6 +228,56 @@ def test_a_folder_in_use_and_a_changed_run_are_refused(
     assert "--rank with --resume" in capsys.readouterr().err
 
 
+def test_a_second_stage_keeps_the_model_of_the_first(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(files, out, "sft", "--epochs", "1", "--method", "full")) == 0
+    again = ["--base", str(out), "--epochs", "2"]
+    assert main([*arguments(files, out, "sft", *again), "--overwrite"]) == 2
+    assert "expected a model outside" in capsys.readouterr().err
+    assert checkpoint.latest(out).name == "step-00000002"
+    second = arguments(files, tmp_path / "second", "sft", *again)
+    assert main(second) == 0
+    assert main([*second, "--resume", "--epochs", "3"]) == 0  # the same command, with the run as its base
+    assert checkpoint.latest(tmp_path / "second").name == "step-00000006"
+    assert main(arguments(files, tmp_path / "third", "sft", "--base", str(tmp_path / "second"))) == 2
+    assert "got an adapter; merge it into its base first" in capsys.readouterr().err
+
+
+def test_a_run_that_ended_meanwhile_is_not_cleared(
+    tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes import finetune
+
+    configure = finetune.configure
+
+    def slowly(command: finetune.Command) -> object:
+        found = configure(command)
+        monkeypatch.setattr(finetune, "configure", configure)
+        assert main(arguments(files, tmp_path, "sft", "--epochs", "1")) == 0
+        return found
+
+    monkeypatch.setattr(finetune, "configure", slowly)
+    assert main(arguments(files, tmp_path, "sft", "--epochs", "2")) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert checkpoint.latest(tmp_path).name == "step-00000002"
+
+
+def test_held_out_figures_do_not_depend_on_the_batch(tmp_path: Path, files: Path) -> None:
+    rows = (
+        {"prompt": f"{word}=", "completion": word * count} for count, word in enumerate(("ab", "cd", "ef"), start=1)
+    )
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = []
+    for size in ("1", "2", "3"):
+        more = ["--epochs", "1", "--lr", "1e-9", "--held-out", str(tmp_path / "held.jsonl"), "--batch-size", size]
+        assert main(arguments(files, tmp_path / size, "sft", *more)) == 0
+        result = json.loads((tmp_path / size / "result.json").read_text(encoding="utf-8"))
+        found.append(result["held_out"]["language"])
+    assert found == pytest.approx([found[0]] * 3, rel=1e-4)
+
+
 @pytest.mark.parametrize(("task", "method"), [("sft", "lora"), ("orpo", "full")])
 def test_two_processes_reproduce_one(tmp_path: Path, files: Path, task: str, method: str) -> None:
     """At equal global batch and unequal lengths; and one goes on from what two saved."""

@@ -92,6 +92,49 @@ def test_the_newest_and_the_best_are_kept(
     assert (tmp_path / "step-00000003").is_dir()
 
 
+def test_the_best_is_kept_where_a_better_one_could_not_be_written(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits, save = iter([5.0, 4.0, 6.0, 6.0]), checkpoint.save
+    monkeypatch.setattr(trainer.Trainer, "judge", lambda self, windows=None: Bits(next(bits, 6.0), 1))
+
+    def full(out: Path, model: SynapseModel, optimizer: torch.optim.Optimizer, progress: checkpoint.Progress, **more):  # type: ignore[no-untyped-def]
+        if progress.step == 2:
+            raise CheckpointError("no space left")
+        return save(out, model, optimizer, progress, **more)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    often = ["--eval-minutes", "1e-9", "--save-minutes", "1e-9", "--keep-best"]
+    assert main([*arguments, *often, "--out", str(tmp_path), "--steps", "4"]) == 0
+    assert sorted(item.name for item in tmp_path.glob("step-*")) == ["step-00000001", "step-00000004"]
+
+
+def test_a_tokenizer_is_no_run(tmp_path: Path, text: Path, arguments: list[str]) -> None:
+    pytest.importorskip("tokenizers")
+    made = tmp_path / "tokenizer.json"
+    assert tokenizer.main(["--data", str(text), "--vocab-size", "300", "--out", str(made)]) == 0
+    assert main([*arguments, "--tokenizer", str(made), "--out", str(tmp_path), "--steps", "1"]) == 0
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = set(), os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "1"]) == 0
+    aside = tmp_path / ".step-00000001"
+    assert {
+        str(tmp_path),
+        str(aside),
+        *(str(aside / item.name) for item in checkpoint.latest(tmp_path).iterdir()),
+    } <= synced
+
+
 def test_a_folder_another_run_writes_to_is_refused(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,7 @@ def test_a_sharded_run_reproduces_one_process_and_goes_on_in_one(tmp_path: Path,
     assert parts == [".metadata", "__0_0.distcp", "__1_0.distcp", "config.json"]
     assert not list(tmp_path.glob("two/.*"))
     SynapseModel.from_pretrained(folder)
+    assert sharded.main([str(folder), str(tmp_path / "whole")]) == 0  # a step folder
     for name in ("one", "two"):
         assert main(["--out", str(tmp_path / name), "--resume", "--steps", "20", "--sample-tokens", "0"]) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)

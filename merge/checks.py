@@ -98,7 +98,7 @@ class Lineage:
                 continue
             if not torch.equal(samples[pair[0]], samples[pair[1]]) or not torch.equal(one, two):
                 self._differing.add(pair)
-            elif not torch.equal(one, base):
+            elif not torch.equal(one, base.to(one.dtype)):  # a narrower copy of the base's is the base's
                 self._agreeing[pair].append(name)
 
     @property

@@ -244,6 +244,10 @@ def _run(options: dict[str, Any]) -> int:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if options["report"]:
-        write_report(recipe, options["out"], progress=not options["quiet"])
+        try:
+            write_report(recipe, options["out"], progress=not options["quiet"])
+        except KeyboardInterrupt:
+            print(f"interrupted; the model is in {options['out']}, the report was not written", file=sys.stderr)
+            return 130
     print(f"merged {len(recipe.models)} models by {recipe.method} into {options['out']}")
     return 0

@@ -228,7 +228,7 @@ def write_report(recipe: Recipe, folder: Path, *, progress: bool = True) -> None
 
     check_reportable(recipe)
     inputs = open_inputs(recipe)
-    named = {_name(path, recipe.models): model for path, model in zip(recipe.models, inputs.models, strict=True)}
+    named = {short_name(path, recipe.models): model for path, model in zip(recipe.models, inputs.models, strict=True)}
     density = used_settings(recipe).get("density", DENSITY)
     if progress:
         from tqdm import tqdm
@@ -242,7 +242,7 @@ def write_report(recipe: Recipe, folder: Path, *, progress: bool = True) -> None
     (folder / TEXT).write_text(to_markdown(found, PICTURE), encoding="utf-8")
 
 
-def _name(path: str, others: Sequence[str]) -> str:
+def short_name(path: str, others: Sequence[str]) -> str:
     """A model's folder name, or its whole path where that is not enough."""
     short = Path(path).resolve().name
     return short if sum(Path(other).resolve().name == short for other in others) == 1 else path

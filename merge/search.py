@@ -9,6 +9,7 @@ wider one tries only what is new.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import sys
@@ -17,20 +18,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from merge.methods import METHODS
 from merge.recipe import Recipe
+from merge.report import short_name
 from merge.run import open_inputs, stream
-from recipes.data import Document, load_corpus, to_stream
+from recipes.data import SEPARATOR, Tokenizer, load_tokenizer, open_source
 from recipes.evaluation import held_out_bits
 from synapse_arch import SynapseModel
-from synapse_arch.errors import BackendUnavailable, ConfigError, SynapseError, explain
+from synapse_arch.errors import BackendUnavailable, ConfigError, DataError, SynapseError, explain
 
 LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
 DENSITIES = (0.1, 0.2, 0.5, 1.0)
+EPSILON = 0.1
+"""Della's own."""
 TRIALS, BEST, TABLE, TEXT = "trials.jsonl", "best.yaml", "search.json", "search.md"
 TRIED = ("density", "lambda")
+SETTINGS = ("density", "lambda", "election", "normalize", "trim", "epsilon", "gamma", "seed")
 EXAMPLES = """examples:
   python -m merge.search --recipe merge.yaml --data held_out.txt --out search
   python -m merge.search --recipe merge.yaml --data code.txt prose.txt --test code2.txt prose2.txt --out search
@@ -41,18 +47,17 @@ Then merge: python -m merge.ties --recipe search/best.yaml --out merged
 """
 
 
-def read_text(path: Path) -> Tensor:
-    """A text file, or every text file of a folder, as one stream of ids (n,) uint8.
+def read_text(path: Path, tokenizer: Tokenizer) -> Tensor:
+    """A text file, every document of a file of many, or all of a folder, as one stream of ids (n,).
 
     Raises:
         DataError: nothing there, or no text.
     """
-    if path.is_file():
-        corpus = load_corpus(path)  # refuses what is no text
-        (document,) = {part.name.rpartition("[")[0] for part in corpus.train}
-        return to_stream([Document(name=document, data=corpus.train[0].data + corpus.held_out[0].data)])
-    corpus = load_corpus(path)
-    return to_stream(sorted((*corpus.train, *corpus.held_out), key=lambda one: one.name))
+    documents = [document for document in open_source(path).documents() if document.data]
+    if not documents:
+        raise DataError(explain(str(path), "some text", "none"))
+    opening = torch.tensor([SEPARATOR], dtype=tokenizer.dtype)
+    return torch.cat([part for ids in tokenizer.read(documents) for part in (opening, ids)])
 
 
 @dataclass
@@ -62,17 +67,22 @@ class Judge:
     Attributes:
         texts: streams by name.
         model: takes the weights of every candidate in turn.
+        tokenizer: what made the streams.
     """
 
     texts: Mapping[str, Tensor]
     model: SynapseModel
+    tokenizer: Tokenizer
 
     def bits(self, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, float]:
         """Bits per byte of each text, with these weights."""
         slots = self.model.state_dict()
         for name, tensor in tensors:
             slots[name].copy_(tensor)
-        return {name: held_out_bits(self.model, text).per_byte for name, text in self.texts.items()}
+        return {
+            name: held_out_bits(self.model, text, sizes=self.tokenizer.sizes).per_byte
+            for name, text in self.texts.items()
+        }
 
 
 @dataclass
@@ -100,16 +110,26 @@ class Search:
         path = self.out / TRIALS
         if not path.exists():
             return
-        head, *lines = path.read_text(encoding="utf-8").splitlines()
-        if json.loads(head) != self._head():
+        whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
+        if rest or not whole:  # what was being written when a search was killed
+            path.write_text(whole and whole + "\n", encoding="utf-8")
+        if not whole:
+            return
+        try:
+            head, *trials = map(json.loads, whole.splitlines())
+        except ValueError as error:
+            raise ConfigError(explain(str(path), "trials, a line each", error, "remove it")) from error
+        if head != self._head():
             remedy = "name another --out, or remove it"
-            raise ConfigError(explain(str(path), "trials of this recipe and these texts", "others", remedy))
-        self.trials = {key(trial["candidate"]): trial for trial in map(json.loads, lines)}
+            raise ConfigError(explain(str(path), "trials of these models, recipe and texts", "others", remedy))
+        self.trials = {key(trial["candidate"]): trial for trial in trials}
 
     def _head(self) -> dict[str, Any]:
         fixed = {name: value for name, value in self.recipe.to_dict().items() if name not in ("method", *TRIED)}
-        sums = {name: [len(text), int(text.long().sum())] for name, text in self.judge.texts.items()}
-        head: dict[str, Any] = json.loads(json.dumps({"recipe": fixed, "texts": sums}))
+        sums = {name: hashlib.sha256(text.numpy().tobytes()).hexdigest() for name, text in self.judge.texts.items()}
+        folders = [Path(path) for path in (self.recipe.base, *self.recipe.models) if path is not None]
+        files = {str(folder): [_stamp(file) for file in _weights(folder)] for folder in folders}
+        head: dict[str, Any] = json.loads(json.dumps({"recipe": fixed, "texts": sums, "models": files}))
         return head
 
     def attempt(self, candidate: Mapping[str, Any]) -> float:
@@ -143,15 +163,27 @@ class Search:
         """The recipe of a candidate; what its method does not know is left out."""
         values = self.recipe.to_dict()
         uses = METHODS[candidate["method"]].uses
-        for name in ("density", "lambda", "election", "normalize", "trim", "epsilon", "gamma", "seed"):
-            if ("lam" if name == "lambda" else name) not in uses:
-                values.pop(name, None)
+        unused = [name for name in SETTINGS if ("lam" if name == "lambda" else name) not in uses]
+        for name in unused:
+            values.pop(name, None)
+        overrides = [{k: v for k, v in one.items() if k not in unused} for one in values.get("overrides", ())]
+        values["overrides"] = [one for one in overrides if len(one) > 1]  # more than the pattern
         return Recipe.from_dict(values | dict(candidate))
 
     def best(self, method: str | None = None) -> dict[str, Any]:
         """The best trial of a method, or of all."""
         merged = [trial for trial in self.trials.values() if method in (None, trial["candidate"].get("method"))]
         return min((one for one in merged if "method" in one["candidate"]), key=lambda trial: float(trial["mean"]))
+
+
+def _weights(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
+def _stamp(file: Path) -> list[Any]:
+    """What changes when a file of weights is written anew."""
+    found = file.stat()
+    return [file.name, found.st_size, found.st_mtime_ns]
 
 
 def key(candidate: Mapping[str, Any]) -> str:
@@ -162,17 +194,24 @@ def key(candidate: Mapping[str, Any]) -> str:
 def references(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What every search reads besides its candidates: the base, each specialist, their average; by their names."""
     named: dict[str, dict[str, Any]] = {"base": {"base": True}} if recipe.base is not None else {}
-    named |= {Path(path).name: {"model": place} for place, path in enumerate(recipe.models)}
+    taken = ("base", "average")
+    for place, path in enumerate(recipe.models):
+        short = short_name(path, recipe.models)
+        named[path if short in taken else short] = {"model": place}
+    if recipe.weights is not None and sum(recipe.weights) == 0:  # there is no average
+        return named
     return named | {"average": {"method": "linear", "lambda": 1.0}}
 
 
-def grid(methods: Sequence[str], lambdas: Sequence[float], densities: Sequence[float]) -> list[dict[str, Any]]:
-    """Every combination of the settings that each method knows.
+def grid(
+    methods: Sequence[str], lambdas: Sequence[float], densities: Sequence[float], *, epsilon: float = EPSILON
+) -> list[dict[str, Any]]:
+    """Every combination of the settings that each method knows; densities that della's epsilon leaves no room are not.
 
     >>> grid(["task_arithmetic"], [0.5, 1.0], [0.2])
     [{'method': 'task_arithmetic', 'lambda': 0.5}, {'method': 'task_arithmetic', 'lambda': 1.0}]
     """
-    found = []
+    found, half = [], epsilon / 2
     for method in methods:
         uses = METHODS[method].uses
         axes: dict[str, Sequence[float | None]] = {
@@ -181,7 +220,7 @@ def grid(methods: Sequence[str], lambdas: Sequence[float], densities: Sequence[f
         }
         for values in itertools.product(*axes.values()):
             settings = dict(zip(axes, values, strict=True))
-            if method == "della" and not 0.05 < (settings["density"] or 0.0) <= 0.95:  # its epsilon of 0.1 must fit in
+            if method == "della" and not half < (settings["density"] or 0.0) <= 1 - half:
                 continue
             found.append({"method": method} | {name: value for name, value in settings.items() if value is not None})
     return found
@@ -217,14 +256,19 @@ def run_optuna(
         raise BackendUnavailable(explain("--optuna", "optuna", "it is not installed", remedy)) from cause
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
+    half = (search.recipe.epsilon or EPSILON) / 2  # what della needs on both sides of a density
+
     def objective(trial: Any) -> float:
         method = trial.suggest_categorical("method", list(methods))
         uses = METHODS[method].uses
         candidate: dict[str, Any] = {"method": method}
         if "lam" in uses:
-            candidate["lambda"] = round(trial.suggest_float("lambda", min(lambdas), max(lambdas), log=True), 3)
+            low, high = min(lambdas), max(lambdas)
+            candidate["lambda"] = round(trial.suggest_float("lambda", low, high, log=low > 0), 3)
         if "density" in uses:
-            low, high = (0.06, 0.95) if method == "della" else (min(densities), max(densities))
+            low, high = min(densities), max(densities)
+            if method == "della":
+                low, high = max(low, half + 0.01), min(high, 1 - half)
             candidate["density"] = round(trial.suggest_float(f"density of {method}", low, high), 3)
         return search.attempt(candidate)
 
@@ -284,7 +328,7 @@ def report(search: Search, methods: Sequence[str], test: Mapping[str, Tensor] | 
     rows = table(search, methods, references(search.recipe))
     tested = None
     if test is not None:
-        judge = Judge(test, search.judge.model)
+        judge = replace(search.judge, texts=test)
         tested = {row["name"]: judge.bits(search.tensors(row["candidate"])) for row in rows}
         rows = [{**row, "test": tested[row["name"]]} for row in rows]
     best = search.merging(search.best()["candidate"]).to_dict()
@@ -321,17 +365,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return made.parse_args(arguments)
 
 
-def open_search(recipe: Recipe, data: Mapping[str, Tensor], out: Path) -> Search:
-    """A search over SynapseModels, with the trials that are in its folder.
+def open_search(recipe: Recipe, data: Sequence[Path], out: Path) -> Search:
+    """A search over SynapseModels by the texts at some paths, with the trials that are in its folder.
 
     Raises:
+        DataError: a text cannot be read.
         CheckpointError, ShapeError: the models cannot be opened, are none of ours or do not fit each other.
         ConfigError: the folder holds trials of something else, or the method is one of mergekit's.
     """
     if recipe.mergekit is not None:
         raise ConfigError(explain("method", f"one of {', '.join(METHODS)}", recipe.method, "search merges in memory"))
     base = open_inputs(replace(recipe, align=None, calibration=None)).base
-    search = Search(recipe, Judge(data, SynapseModel.from_pretrained(base.path)), out)
+    model, tokenizer = SynapseModel.from_pretrained(base.path), load_tokenizer(base.path)
+    if model.config.vocab_size != tokenizer.vocab_size:
+        remedy = "put the model's tokenizer.json beside its weights"
+        expected = f"{model.config.vocab_size} tokens"
+        raise ConfigError(explain(f"tokenizer of {base.path}", expected, tokenizer.vocab_size, remedy))
+    search = Search(recipe, Judge(texts(data, tokenizer), model, tokenizer), out)
     search.load()
     return search
 
@@ -339,26 +389,29 @@ def open_search(recipe: Recipe, data: Mapping[str, Tensor], out: Path) -> Search
 def run(command: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     recipe = Recipe.load(command.recipe)
+    if command.optuna is not None and command.optuna < 1:
+        raise ConfigError(explain("--optuna", "1 or more trials", command.optuna))
     methods = command.methods or [recipe.method]
-    search = open_search(recipe, texts(command.data), command.out)
-    test = texts(command.test) if command.test else None
+    search = open_search(recipe, command.data, command.out)
+    test = texts(command.test, search.judge.tokenizer) if command.test else None
     run_grid(search, list(references(recipe).values()))
-    if command.optuna:
+    if command.optuna is not None:
         run_optuna(search, methods, command.optuna, command.lambdas, command.densities, seed=command.seed)
     else:
-        run_grid(search, grid(methods, command.lambdas, command.densities))
+        epsilon = recipe.epsilon or EPSILON
+        run_grid(search, grid(methods, command.lambdas, command.densities, epsilon=epsilon))
     report(search, methods, test)
     print((command.out / TEXT).read_text(encoding="utf-8"))
     print(f"merge it: python -m merge.ties --recipe {command.out / BEST} --out merged")
 
 
-def texts(paths: Sequence[Path]) -> dict[str, Tensor]:
+def texts(paths: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Tensor]:
     """Streams by the names of their files or folders.
 
     Raises:
         ConfigError: two have one name. DataError: nothing there, or no text.
     """
-    named = {path.stem if path.is_file() else path.name: read_text(path) for path in paths}
+    named = {path.stem if path.is_file() else path.name: read_text(path, tokenizer) for path in paths}
     if len(named) < len(paths):
         raise ConfigError(explain("texts", "different names", [str(path) for path in paths]))
     return named

@@ -21,6 +21,7 @@ from torch import Tensor
 from merge import run, writer
 from merge.cli import main
 from merge.io import Checkpoint
+from synapse_arch import SynapseModel
 from tests.merge.folders import assert_same_tensors, left_over, merging, weights
 from tests.model.small import small_model
 
@@ -110,6 +111,13 @@ def test_models_of_another_base(capsys: pytest.CaptureFixture[str]) -> None:
     notes = capsys.readouterr().err
     assert notes.count("times the base's norm away from the base") == 2
     assert "times the base's norm" in Path("out/README.md").read_text()
+
+
+def test_narrow_copies_of_the_base_s_tensors_are_the_base_s() -> None:
+    """What training left alone differs from a float32 base by rounding, and in both models alike."""
+    for name in "ab":
+        SynapseModel.from_pretrained(name).to(torch.bfloat16).save_pretrained(f"narrow-{name}")
+    assert main(["--base", "base", "--models", "narrow-a", "narrow-b", "--out", "out", "--quiet"]) == 0
 
 
 def test_models_whose_configuration_differs_are_remarked(capsys: pytest.CaptureFixture[str]) -> None:

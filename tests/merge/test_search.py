@@ -10,10 +10,13 @@ import pytest
 import torch
 import yaml
 
+from merge.cli import main as merging
 from merge.recipe import Recipe
 from merge.run import merge
 from merge.search import Search, grid, main, read_text
+from recipes.data import ByteTokenizer
 from recipes.evaluation import held_out_bits
+from recipes.tokenizer import train_bpe
 from synapse_arch import SynapseConfig, SynapseModel
 from tests.merge.conftest import perturbed
 from tests.model.small import small_config
@@ -60,7 +63,9 @@ def test_every_figure_is_that_of_the_saved_model(capsys: pytest.CaptureFixture[s
     for folder, row in (("base", rows["base"]), ("b", rows["b"]), ("mean", rows["average"]), ("merged", winner)):
         model = SynapseModel.from_pretrained(folder)
         for name, bits in {**row["bits"], **row["test"]}.items():
-            assert held_out_bits(model, read_text(Path(f"{name}.txt"))).per_byte == pytest.approx(bits, rel=1e-6)
+            assert held_out_bits(model, read_text(Path(f"{name}.txt"), ByteTokenizer())).per_byte == pytest.approx(
+                bits, rel=1e-6
+            )
     assert best["models"] == ["a", "b"]
     table = Path("out/search.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
@@ -98,7 +103,7 @@ def test_trials_of_other_texts_are_refused(capsys: pytest.CaptureFixture[str]) -
     assert run(*SMALL) == 0
     Path("two.txt").write_text("something else entirely, and more of it\n" * 9, encoding="utf-8")
     assert run(*SMALL) == 2
-    assert "trials of this recipe and these texts" in capsys.readouterr().err
+    assert "trials of these models, recipe and texts" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("models")
@@ -122,6 +127,7 @@ def test_optuna_stays_within_the_bounds_and_repeats_itself() -> None:
     [
         (["--test", "nowhere"], "nowhere"),
         (["--densities", "2"], "density"),
+        (["--optuna", "0"], "--optuna: expected 1 or more trials"),
     ],
 )
 def test_errors_are_a_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,10 +144,93 @@ def test_the_grid_asks_a_method_only_for_what_it_knows() -> None:
     assert [one["density"] for one in grid(["della"], [1.0], [0.05, 0.5, 1.0])] == [0.5]
 
 
+@pytest.mark.usefixtures("models")
+def test_every_document_of_a_file_is_read(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in ("one", "two", "three", "three")]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert bytes(read_text(tmp_path / "t.jsonl", ByteTokenizer()).tolist()) == b"\0one\0two\0three\0three"
+
+
+@pytest.mark.usefixtures("models")
+def test_models_of_one_name_have_a_row_each() -> None:
+    for name in "ab":
+        Path("runs", name).mkdir(parents=True)
+        Path(name).rename(Path("runs", name, "step-00000010"))
+    Path("b").symlink_to(Path("runs/b/step-00000010"))
+    Path("base").rename("start")
+    Path("runs/b/step-00000010").rename("base")  # a model called as a reference is
+    recipe = "base: start\nmodels: [runs/a/step-00000010, ./base]\n"
+    Path("r.yaml").write_text(recipe, encoding="utf-8")
+    assert run("--methods", "linear", "--lambdas", "0.5") == 0
+    assert set(found()) == {"base", "step-00000010", "./base", "average", "linear, best"}
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    "more",
+    [
+        'overrides: [{pattern: "*.experts.*", density: 0.5}]',
+        "method: task_arithmetic\nweights: [1, -1]",
+        "method: della\nepsilon: 0.5",
+    ],
+)
+def test_recipes_that_merge_can_be_searched(more: str) -> None:
+    Path("r.yaml").write_text(f"base: base\nmodels: [a, b]\n{more}\n", encoding="utf-8")
+    assert run("--lambdas", "1", "--densities", "0.2", "0.5") == 0
+    assert any(name.endswith(", best") for name in found())
+
+
+@pytest.mark.usefixtures("models")
+def test_optuna_takes_bounds_as_they_are() -> None:
+    pytest.importorskip("optuna")
+    assert run("--optuna", "3", "--methods", "della", "--lambdas", "0", "1", "--densities", "0.2", "0.3") == 0
+    trials = [json.loads(line)["candidate"] for line in Path("out/trials.jsonl").read_text().splitlines()[1:]]
+    assert all(0.2 <= trial["density"] <= 0.3 for trial in trials if "density" in trial)
+
+
+@pytest.mark.usefixtures("models")
+def test_trials_of_models_that_changed_are_refused_and_a_broken_line_is_tried_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = ("--methods", "linear", "--lambdas", "0.5")
+    assert run(*small) == 0
+    path = Path("out/trials.jsonl")
+    whole = path.read_text(encoding="utf-8")
+    for broken in (whole[:-20], whole.splitlines()[0][:9], ""):
+        path.write_text(broken, encoding="utf-8")
+        assert run(*small) == 0
+        assert path.read_text(encoding="utf-8") == whole
+    perturbed(SynapseModel.from_pretrained("base"), 7).save_pretrained("a")
+    assert run(*small) == 2
+    assert "trials of these models" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("models")
+def test_texts_are_read_as_the_models_tokenizer_reads_them(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    tokenizer = train_bpe(["if while return x = 1"] * 3, 262)
+    Path("r.yaml").write_text("base: own\nmodels: [own-a]\n", encoding="utf-8")
+    base = SynapseModel(SynapseConfig(**{**vars(small_config()), "vocab_size": tokenizer.vocab_size}))
+    for name, model in (("own", base), ("own-a", perturbed(base, 0))):
+        model.save_pretrained(name)
+    assert run("--methods", "linear", "--lambdas", "1") == 2
+    assert "tokenizer of own: expected" in capsys.readouterr().err
+    for name in ("own", "own-a"):
+        tokenizer.save(Path(name))
+    assert run("--methods", "linear", "--lambdas", "1") == 0
+    stream = read_text(Path("one.txt"), tokenizer)
+    assert tokenizer.decode(stream[1:].tolist()) == Path("one.txt").read_text(encoding="utf-8")
+    bits = held_out_bits(SynapseModel.from_pretrained("own"), stream, sizes=tokenizer.sizes).per_byte
+    assert found()["base"]["bits"]["one"] == pytest.approx(bits, rel=1e-6)  # type: ignore[index]
+    words = ["--base", "own", "--models", "own-a", "--align-experts", "activations", "--calibration", "one.txt"]
+    assert merging([*words, "--out", "aligned", "--quiet"]) == 2
+    assert "models that read bytes" in capsys.readouterr().err
+
+
 def test_a_folder_is_one_stream_in_order(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("later", encoding="utf-8")
     (tmp_path / "a.txt").write_text("first", encoding="utf-8")
-    assert bytes(read_text(tmp_path).tolist()) == b"\0first\0later"
+    assert bytes(read_text(tmp_path, ByteTokenizer()).tolist()) == b"\0first\0later"
     (tmp_path / "c.txt").write_text("x" * 40, encoding="utf-8")
-    assert bytes(read_text(tmp_path / "c.txt").tolist()) == b"\0" + b"x" * 40
-    assert read_text(tmp_path / "c.txt").dtype == torch.uint8
+    assert bytes(read_text(tmp_path / "c.txt", ByteTokenizer()).tolist()) == b"\0" + b"x" * 40
+    assert read_text(tmp_path / "c.txt", ByteTokenizer()).dtype == torch.uint8

@@ -238,3 +238,9 @@ def sha256(files: tuple[Path, ...], stop: threading.Event) -> str:
             raise CheckpointError(explain(str(path), "a readable file", f"{type(cause).__name__}: {cause}")) from cause
         digests.append(digest.hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def short_name(path: str | Path, others: Sequence[str | Path]) -> str:
+    """A model's folder name, or its whole path where another one is called the same."""
+    short = Path(path).resolve().name
+    return short if sum(Path(other).resolve().name == short for other in others) == 1 else str(path)

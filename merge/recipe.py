@@ -33,7 +33,7 @@ _RANGES: dict[str, tuple[str, Any]] = {
     "lam": ("a finite number", math.isfinite),
     "epsilon": ("0 up to, not including, 1", lambda value: 0 <= value < 1),
     "gamma": ("0 up to, not including, 1", lambda value: 0 <= value < 1),
-    "seed": ("an integer, 0 or more", lambda value: value >= 0 and int(value) == value),
+    "seed": ("an integer, 0 or more", lambda value: isinstance(value, int) and value >= 0),
 }
 SETTINGS = ("density", "weights", "lam", "election", "normalize", "trim", "epsilon", "gamma", "seed")
 """The fields of a recipe that a method may know or not."""

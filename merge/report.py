@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge.io import Source
+from merge.io import Source, short_name
 from merge.recipe import Recipe
 from merge.run import open_inputs, used_settings
 from merge.vectors import TaskVectors, per_model, trimming
@@ -240,12 +240,6 @@ def write_report(recipe: Recipe, folder: Path, *, progress: bool = True) -> None
     folder.mkdir(parents=True, exist_ok=True)
     draw(found, folder / PICTURE)
     (folder / TEXT).write_text(to_markdown(found, PICTURE), encoding="utf-8")
-
-
-def short_name(path: str, others: Sequence[str]) -> str:
-    """A model's folder name, or its whole path where that is not enough."""
-    short = Path(path).resolve().name
-    return short if sum(Path(other).resolve().name == short for other in others) == 1 else path
 
 
 def to_markdown(found: Account, picture: str) -> str:

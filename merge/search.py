@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge.io import short_name
 from merge.methods import METHODS
 from merge.recipe import Recipe
-from merge.report import short_name
 from merge.run import open_inputs, stream
 from recipes.data import SEPARATOR, Tokenizer, load_tokenizer, open_source
 from recipes.evaluation import held_out_bits

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from merge.checks import check_finite, check_same_tensors
-from merge.io import Checkpoint, sha256
+from merge.io import Checkpoint, sha256, short_name
 from merge.writer import Entry, check_room, check_target, copy_companions, whole_folder, write_weights
 from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.errors import CheckpointError, ConfigError, ShapeError, SynapseError, explain
@@ -141,7 +141,7 @@ def mixture(
     for source in sources:
         check_same_tensors(reference, source)
     values = dense.to_dict()
-    names = list(labels) if labels is not None else [path.resolve().name for path in paths]
+    names = list(labels) if labels is not None else [short_name(path, paths) for path in paths]
     values["experts"] |= {"n_experts": len(paths), "labels": names}
     values["thalamus"] |= {"top_k": top_k}
     config = SynapseConfig.from_dict(values)

@@ -35,6 +35,16 @@ def run(*words: str) -> int:
 
 
 @pytest.mark.usefixtures("dense")
+def test_folders_of_one_name_have_labels_apart() -> None:
+    for name in "ab":
+        Path("runs", name).mkdir(parents=True)
+        Path(name).rename(Path("runs", name, "step-00000010"))
+    assert run("--experts", "runs/a/step-00000010", "runs/b/step-00000010") == 0
+    labels = ("runs/a/step-00000010", "runs/b/step-00000010")
+    assert SynapseModel.from_pretrained("out").config.experts.labels == labels
+
+
+@pytest.mark.usefixtures("dense")
 def test_each_feed_forward_becomes_an_expert_and_the_rest_is_averaged() -> None:
     assert run("--experts", "a", "b") == 0
     a, b, made = (SynapseModel.from_pretrained(name) for name in ("a", "b", "out"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -57,17 +58,24 @@ def settled(step: Step) -> Step:
     """A compiled step for a loop that feeds it its own states, the first few calls of which are guarded.
 
     What torch.compile would look at again before every later step, a sixth of its time, cannot have changed: this is
-    for loops in which nobody else's code runs. To go on with another state, or another model, make another one.
+    for loops in which nobody else's code runs. To go on with another state, or another model, make another one. While
+    other threads run, every call is guarded: torch leaves the checks out for the whole process or not at all.
     """
     calls = itertools.count()
 
     def run(model: SynapseModel, ids: Tensor, state: SynapseState, mask: Tensor | None) -> tuple[Tensor, SynapseState]:
-        if next(calls) < GUARDED:
+        if next(calls) < GUARDED or not _alone():
             return step(model, ids, state, mask)
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
             return step(model, ids, state, mask)
 
     return run
+
+
+def _alone() -> bool:
+    """Whether this is the only thread of Python, but for the one by which tqdm watches its bars."""
+    here = threading.current_thread()
+    return all(thread is here or thread.name == "tqdm_monitor" for thread in threading.enumerate())
 
 
 def eager_step(

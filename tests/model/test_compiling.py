@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -133,9 +134,14 @@ def test_a_settled_step_is_guarded_at_first_only(monkeypatch: pytest.MonkeyPatch
     step = torch.compile(lambda model, ids, state, mask: (ids * model.factor, state), backend="eager")
     monkeypatch.setattr(torch.compiler, "set_stance", lambda **how: looked.append(how) or contextlib.nullcontext())
     model, run = SimpleNamespace(factor=2), settled(step)
+    others = [threading.current_thread()]
+    monkeypatch.setattr(threading, "enumerate", lambda: others)
     for _ in range(GUARDED + 2):
         assert run(model, torch.ones(1, 1), None, None)[0] == 2
     assert looked == [{"skip_guard_eval_unsafe": True}] * 2
+    others.append(threading.Thread())
+    assert run(model, torch.ones(1, 1), None, None)[0] == 2
+    assert len(looked) == 2
 
 
 def test_a_trace_is_not_compiled() -> None:

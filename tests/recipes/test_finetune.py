@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from recipes import checkpoint
+from recipes import checkpoint, curves
 from recipes.adapters import add_lora, expert_names, linear_names, load_lora
 from recipes.checkpoint import model_folder
 from recipes.finetune import main
@@ -262,6 +262,13 @@ def test_a_run_that_ended_meanwhile_is_not_cleared(
     assert main(arguments(files, tmp_path, "sft", "--epochs", "2")) == 2
     assert "holds a run" in capsys.readouterr().err
     assert checkpoint.latest(tmp_path).name == "step-00000002"
+
+
+def test_its_log_is_not_drawn_as_a_training_s(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(arguments(files, tmp_path, "sft", "--epochs", "1")) == 0
+    assert curves.main([str(tmp_path)]) == 2
+    assert "expected the log of recipes/train.py" in capsys.readouterr().err
 
 
 def test_held_out_figures_do_not_depend_on_the_batch(tmp_path: Path, files: Path) -> None:

@@ -226,6 +226,10 @@ def grid(
     return found
 
 
+def _epsilon(recipe: Recipe) -> float:
+    return EPSILON if recipe.epsilon is None else recipe.epsilon
+
+
 def run_grid(search: Search, candidates: Sequence[Mapping[str, Any]]) -> None:
     """Tries every candidate, with a bar."""
     from tqdm import tqdm
@@ -256,7 +260,7 @@ def run_optuna(
         raise BackendUnavailable(explain("--optuna", "optuna", "it is not installed", remedy)) from cause
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-    half = (search.recipe.epsilon or EPSILON) / 2  # what della needs on both sides of a density
+    half = _epsilon(search.recipe) / 2  # what della needs on both sides of a density
 
     def objective(trial: Any) -> float:
         method = trial.suggest_categorical("method", list(methods))
@@ -269,6 +273,9 @@ def run_optuna(
             low, high = min(densities), max(densities)
             if method == "della":
                 low, high = max(low, half + 0.01), min(high, 1 - half)
+            if low > high:
+                room = f"some from {half + 0.01:g} to {1 - half:g}"
+                raise ConfigError(explain("--densities with della", room, list(densities), "widen them"))
             candidate["density"] = round(trial.suggest_float(f"density of {method}", low, high), 3)
         return search.attempt(candidate)
 
@@ -398,8 +405,7 @@ def run(command: argparse.Namespace) -> None:
     if command.optuna is not None:
         run_optuna(search, methods, command.optuna, command.lambdas, command.densities, seed=command.seed)
     else:
-        epsilon = recipe.epsilon or EPSILON
-        run_grid(search, grid(methods, command.lambdas, command.densities, epsilon=epsilon))
+        run_grid(search, grid(methods, command.lambdas, command.densities, epsilon=_epsilon(recipe)))
     report(search, methods, test)
     print((command.out / TEXT).read_text(encoding="utf-8"))
     print(f"merge it: python -m merge.ties --recipe {command.out / BEST} --out merged")

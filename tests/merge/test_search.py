@@ -185,6 +185,7 @@ def test_optuna_takes_bounds_as_they_are() -> None:
     pytest.importorskip("optuna")
     assert run("--optuna", "3", "--methods", "della", "--lambdas", "0", "1", "--densities", "0.2", "0.3") == 0
     trials = [json.loads(line)["candidate"] for line in Path("out/trials.jsonl").read_text().splitlines()[1:]]
+    assert run("--optuna", "1", "--methods", "della", "--densities", "1") == 2
     assert all(0.2 <= trial["density"] <= 0.3 for trial in trials if "density" in trial)
 
 

@@ -105,7 +105,7 @@ def _similarity(recipe: Recipe, base: Checkpoint, model: Source) -> dict[str, Te
     except OSError as cause:
         raise ConfigError(explain("calibration", "a readable text", f"{type(cause).__name__}: {cause}")) from cause
     reference, other = (SynapseModel.from_pretrained(one.path) for one in (base, model))
-    if (Path(base.path) / "tokenizer.json").is_file():
+    if (Path(base.path) / "tokenizer.json").is_file() or reference.config.vocab_size > 256:
         raise ConfigError(
             explain("calibration", "models that read bytes", "a tokenizer of their own", "align by weights")
         )

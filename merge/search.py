@@ -34,6 +34,8 @@ LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
 DENSITIES = (0.1, 0.2, 0.5, 1.0)
 EPSILON = 0.1
 """Della's own."""
+NOTHING = 1e-8
+"""Weights that sum to less cannot be averaged with."""
 TRIALS, BEST, TABLE, TEXT = "trials.jsonl", "best.yaml", "search.json", "search.md"
 TRIED = ("density", "lambda")
 SETTINGS = ("density", "lambda", "election", "normalize", "trim", "epsilon", "gamma", "seed")
@@ -167,7 +169,10 @@ class Search:
         for name in unused:
             values.pop(name, None)
         overrides = [{k: v for k, v in one.items() if k not in unused} for one in values.get("overrides", ())]
-        values["overrides"] = [one for one in overrides if len(one) > 1]  # more than the pattern
+        if "weights" in uses:  # an override that would be left without a setting still hides those before it
+            own = {"weights": values.get("weights", [1.0])}
+            overrides = [one if len(one) > 1 else one | own for one in overrides]
+        values["overrides"] = [one for one in overrides if len(one) > 1]
         return Recipe.from_dict(values | dict(candidate))
 
     def best(self, method: str | None = None) -> dict[str, Any]:
@@ -197,8 +202,8 @@ def references(recipe: Recipe) -> dict[str, dict[str, Any]]:
     taken = ("base", "average")
     for place, path in enumerate(recipe.models):
         short = short_name(path, recipe.models)
-        named[path if short in taken else short] = {"model": place}
-    if recipe.weights is not None and sum(recipe.weights) == 0:  # there is no average
+        named[str(Path(path).resolve()) if short in taken else short] = {"model": place}
+    if recipe.weights is not None and abs(sum(recipe.weights)) < NOTHING:  # there is no average
         return named
     return named | {"average": {"method": "linear", "lambda": 1.0}}
 

@@ -180,9 +180,9 @@ def _check_counts(experts: int, top_k: int, labels: Sequence[str] | None, texts:
 @torch.no_grad()
 def _from_texts(base: Path, texts: Sequence[Path]) -> tuple[Tensor, ...]:
     """Of each layer (E, D): unit vectors from the mean signal over all texts to the mean over each one."""
-    if (base / "tokenizer.json").is_file():
-        raise ConfigError(explain("--texts", "a base that reads bytes", "a tokenizer of its own", "leave --texts away"))
     model = SynapseModel.from_pretrained(base)
+    if (base / "tokenizer.json").is_file() or model.config.vocab_size > 256:
+        raise ConfigError(explain("--texts", "a base that reads bytes", "a tokenizer of its own", "leave --texts away"))
     heard: list[list[Tensor]] = [[] for _ in range(model.config.n_layers)]
     routers = [module for name, module in model.named_modules() if name.endswith("thalamus.router")]
 

@@ -18,7 +18,7 @@ import torch
 from benchmarks.measure import ROOT, environment, machine_slug
 from benchmarks.merging import domains
 from merge.recipe import Recipe
-from merge.search import grid, open_search, read_text, references, report, run_grid
+from merge.search import grid, open_search, references, report, run_grid, texts
 from recipes.data import Corpus
 from recipes.malloc import keep_freed_memory
 
@@ -32,19 +32,19 @@ def one_seed(seed: int, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
     """Trains or finds the models of a seed and searches; the table, each row with "bits" and "test"."""
     folder = FOLDER / f"seed-{seed}"
     places = domains.prepare(folder, corpora, seed=seed)
-    texts: dict[str, dict[str, torch.Tensor]] = {"choice": {}, "test": {}}
+    paths: dict[str, list[Path]] = {"choice": [], "test": []}
     for name, corpus in corpora.items():
         for side, text in domains.held_out_text(corpus).items():
             path = folder / side / f"{name}.txt"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(text)
-            texts[side][name] = read_text(path)
+            paths[side].append(path)
     models = tuple(str(places[name]) for name in domains.DOMAINS)
     recipe = Recipe(base=str(places["base"]), models=models)
-    search = open_search(recipe, texts["choice"], folder / "search")
+    search = open_search(recipe, paths["choice"], folder / "search")
     run_grid(search, list(references(recipe).values()))
     run_grid(search, grid(METHODS, LAMBDAS, DENSITIES))
-    rows = report(search, METHODS, texts["test"])
+    rows = report(search, METHODS, texts(paths["test"], search.judge.tokenizer))
     kept = [{key: row[key] for key in ("name", "candidate", "bits", "test")} for row in rows]
     return {"seed": seed, "trials": len(search.trials), "rows": kept}
 

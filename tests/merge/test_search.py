@@ -159,10 +159,10 @@ def test_models_of_one_name_have_a_row_each() -> None:
     Path("b").symlink_to(Path("runs/b/step-00000010"))
     Path("base").rename("start")
     Path("runs/b/step-00000010").rename("base")  # a model called as a reference is
-    recipe = "base: start\nmodels: [runs/a/step-00000010, ./base]\n"
+    recipe = "base: start\nmodels: [runs/a/step-00000010, base]\n"
     Path("r.yaml").write_text(recipe, encoding="utf-8")
     assert run("--methods", "linear", "--lambdas", "0.5") == 0
-    assert set(found()) == {"base", "step-00000010", "./base", "average", "linear, best"}
+    assert set(found()) == {"base", "step-00000010", str(Path("base").resolve()), "average", "linear, best"}
 
 
 @pytest.mark.usefixtures("models")
@@ -171,6 +171,7 @@ def test_models_of_one_name_have_a_row_each() -> None:
     [
         'overrides: [{pattern: "*.experts.*", density: 0.5}]',
         "method: task_arithmetic\nweights: [1, -1]",
+        'overrides: [{pattern: "*", skip: true}, {pattern: "*.experts.*", density: 0.5}]',
         "method: della\nepsilon: 0.5",
     ],
 )

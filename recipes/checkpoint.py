@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from recipes.optim import optimizer_tensors, restore_optimizer
-from recipes.tokenizer import TOKENIZER_FILE, Tokenizer
+from recipes.tokenizer import BYTES, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from synapse_arch import SynapseModel, SynapseState
 from synapse_arch.errors import CheckpointError, ConfigError, StateError, explain
 from synapse_arch.model import _files
@@ -136,9 +135,12 @@ def open_run(out: Path, config: dict[str, Any], corpus: str, tokenizer: Tokenize
     That is what the log holds of later steps, and the result.
 
     Raises:
-        CheckpointError: the folder cannot be written to.
+        CheckpointError: the folder cannot be written to, or holds another tokenizer. DataError: that one is damaged.
     """
-    log = out / LOG_FILE
+    log, there = out / LOG_FILE, out / TOKENIZER_FILE
+    writes = tokenizer.fingerprint != BYTES
+    if writes and there.exists() and load_tokenizer(there).fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(explain(str(there), "the tokenizer of the run", "another", "choose another --out"))
     try:
         (out / RESULT_FILE).unlink(missing_ok=True)
         tokenizer.save(out)
@@ -308,15 +310,16 @@ def restore(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes `values` aside and renames, so that the file is there whole or not at all.
+    """Writes `values` aside and renames, so that the file is there whole or not at all, whatever goes down.
 
     Raises:
         CheckpointError: it could not be written.
     """
     aside = path.with_name(f".{path.name}")
     try:
-        aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        aside.unlink(missing_ok=True)
+        _files.write_text(aside, json.dumps(values, indent=2) + "\n")
+        _files.commit(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise CheckpointError(explain(str(path), "a file written", error.strerror or error)) from error

@@ -179,13 +179,13 @@ def read_config(path: Path) -> dict[str, Any]:
     for key in values:
         if key not in known:
             raise ConfigError(_unknown(f"--config {path}", str(key), known))
+    given = values.get("overrides", [])
+    if not isinstance(given, list):
+        raise ConfigError(explain(f"--config {path}: overrides", "a list of KEY=VALUE", repr(given)))
     if MODEL in values:
         model = values.pop(MODEL)
         if not isinstance(model, Mapping):
             raise ConfigError(explain(f"--config {path}: {MODEL}", "a mapping of fields", type(model).__name__))
-        given = values.get("overrides", [])
-        if not isinstance(given, list):
-            raise ConfigError(explain(f"--config {path}: overrides", "a list of KEY=VALUE", repr(given)))
         values["overrides"] = [*given, *_flatten(model)]
     return values
 

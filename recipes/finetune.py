@@ -241,12 +241,12 @@ def configure(command: Command) -> tuple[FinetuneConfig, Tokenizer, Pairs, Pairs
         if not command.overwrite:
             checkpoint.refuse_used(command.out)
     base = checkpoint.model_folder(Path(config.base), "--base")
-    if command.overwrite and checkpoint.is_cleared(base, command.out):
-        remedy = "it would be removed with the run that is replaced: choose another --out"
-        raise ConfigError(
-            explain(f"--base {base} with --overwrite", f"a model outside {command.out}", "one in it", remedy)
-        )
     config = dataclasses.replace(config, base=str(base))
+    for option, path in (("--base", config.base), ("--data", config.data), ("--held-out", config.held_out)):
+        if command.overwrite and path and checkpoint.is_cleared(Path(path), command.out):
+            remedy = "it would be removed with the run that is replaced: choose another --out"
+            expected = f"a {'model' if option == '--base' else 'file'} outside {command.out}"
+            raise ConfigError(explain(f"{option} {path} with --overwrite", expected, "one in it", remedy))
     tokenizer = load_tokenizer(base)
     vocabulary = checkpoint.read_json(base / "config.json").get("vocab_size")
     if vocabulary != tokenizer.vocab_size:

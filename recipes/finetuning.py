@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.checkpoint import STEP_FOLDER
 from recipes.optim import SHAPES, Schedule
 from recipes.pairs import PREFERENCE, SUPERVISED
 from synapse_arch.errors import ConfigError, explain
@@ -216,7 +217,8 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> FinetuneConfig:
         ConfigError: another value for anything else.
     """
     config = from_dict(stored)
-    if given.get("base") == str(Path(config.base).parent):  # the run whose newest checkpoint it was
+    base = Path(config.base)
+    if STEP_FOLDER.fullmatch(base.name) and given.get("base") == str(base.parent):  # the run it was the newest of
         given = {**given, "base": config.base}
     for name, value in given.items():
         if name not in RESUMABLE and value != getattr(config, name):

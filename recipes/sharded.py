@@ -136,7 +136,7 @@ def convert(folder: Path, out: Path) -> SynapseModel:
     model = SynapseModel(read_sizes(shards))
     _read(shards, {"model": model.state_dict()}, no_dist=True)  # in place: the dict holds the model's own tensors
     model.save_pretrained(out)
-    if (folder / TOKENIZER_FILE).is_file():
+    if (folder / TOKENIZER_FILE).is_file() and folder.resolve() != out.resolve():
         shutil.copyfile(folder / TOKENIZER_FILE, out / TOKENIZER_FILE)
     return model
 

@@ -66,6 +66,7 @@ def test_what_is_shown_reads_back_to_the_same(tmp_path: Path, capsys: pytest.Cap
         ("a.yaml", "a: [1", "expected a readable file"),
         ("a.yaml", "model: 3", "model: expected a mapping"),
         ("a.yaml", "model: {n_layers: 1}\noverrides: null", "overrides: expected a list of KEY=VALUE, got None"),
+        ("a.yaml", "overrides: null", "overrides: expected a list of KEY=VALUE, got None"),
         ("a.json", '{"lr": 1', "expected a readable file"),
         ("a.json", '{"lr": "fast"}', "lr: expected a number, got 'fast'"),
         ("a.json", '{"steps": 1.5}', "steps: expected a whole number, got 1.5"),
@@ -91,6 +92,14 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert said.startswith("error: ")
     assert says in said
     assert said.count("\n") == 1
+
+
+def test_overrides_of_a_file_are_checked_beside_those_of_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "run.yaml", "overrides: null")
+    assert main(["--config", str(path), "--set", "n_layers=1", "--print-config"]) == 2
+    assert "overrides: expected a list of KEY=VALUE, got None" in capsys.readouterr().err
 
 
 def test_a_resumed_run_changes_only_budget_and_cadence() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from recipes import checkpoint, curves
 from recipes.adapters import add_lora, expert_names, linear_names, load_lora
 from recipes.checkpoint import model_folder
 from recipes.finetune import main
+from recipes.finetuning import FinetuneConfig, resumed
 from synapse_arch import ExpertsConfig, SynapseConfig, SynapseModel, ThalamusConfig
 from synapse_arch.errors import CheckpointError, ConfigError
 from tests.helpers import assert_close
@@ -237,12 +239,23 @@ def test_a_second_stage_keeps_the_model_of_the_first(
     assert main([*arguments(files, out, "sft", *again), "--overwrite"]) == 2
     assert "expected a model outside" in capsys.readouterr().err
     assert checkpoint.latest(out).name == "step-00000002"
+    data = checkpoint.latest(out) / "data.jsonl"
+    data.write_bytes((files / "sft.jsonl").read_bytes())
+    assert main([*arguments(files, out, "sft", "--data", str(data)), "--overwrite"]) == 2
+    assert f"--data {data} with --overwrite" in capsys.readouterr().err
+    assert data.is_file()
     second = arguments(files, tmp_path / "second", "sft", *again)
     assert main(second) == 0
     assert main([*second, "--resume", "--epochs", "3"]) == 0  # the same command, with the run as its base
     assert checkpoint.latest(tmp_path / "second").name == "step-00000006"
     assert main(arguments(files, tmp_path / "third", "sft", "--base", str(tmp_path / "second"))) == 2
     assert "got an adapter; merge it into its base first" in capsys.readouterr().err
+
+
+def test_only_the_run_of_a_step_folder_stands_for_it() -> None:
+    stored = asdict(FinetuneConfig(base="/models/a", data="/d.jsonl"))
+    with pytest.raises(ConfigError, match="--base with --resume"):
+        resumed(stored, {"base": "/models"})
 
 
 def test_a_run_that_ended_meanwhile_is_not_cleared(

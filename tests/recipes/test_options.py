@@ -116,6 +116,19 @@ def test_a_tokenizer_is_no_run(tmp_path: Path, text: Path, arguments: list[str])
     assert main([*arguments, "--tokenizer", str(made), "--out", str(tmp_path), "--steps", "1"]) == 0
 
 
+def test_another_tokenizer_is_not_replaced(
+    tmp_path: Path, text: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tokenizers")
+    kept, other = tmp_path / "run" / "tokenizer.json", tmp_path / "other.json"
+    for made, size in ((kept, "300"), (other, "262")):
+        assert tokenizer.main(["--data", str(text), "--vocab-size", size, "--out", str(made)]) == 0
+    before = kept.read_bytes()
+    assert main([*arguments, "--tokenizer", str(other), "--out", str(kept.parent), "--steps", "1"]) == 2
+    assert "tokenizer.json: expected the tokenizer of the run, got another" in capsys.readouterr().err
+    assert [item.read_bytes() for item in kept.parent.iterdir()] == [before]
+
+
 def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(
     tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +144,7 @@ def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(
     assert {
         str(tmp_path),
         str(aside),
+        str(tmp_path / ".run.json"),
         *(str(aside / item.name) for item in checkpoint.latest(tmp_path).iterdir()),
     } <= synced
 

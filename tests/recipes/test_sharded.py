@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes import checkpoint, sharded
+from recipes import checkpoint, sharded, tokenizer
 from recipes.optim import adamw, set_lr
 from recipes.train import main
 from synapse_arch import SynapseConfig, SynapseModel
@@ -111,6 +111,17 @@ def test_a_sharded_run_reproduces_one_process_and_goes_on_in_one(tmp_path: Path,
     for name in ("one", "two"):
         assert main(["--out", str(tmp_path / name), "--resume", "--steps", "20", "--sample-tokens", "0"]) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_step_folder_is_made_whole_in_place(tmp_path: Path, text: Path, arguments: list[str]) -> None:
+    pytest.importorskip("tokenizers")
+    made = tmp_path / "bpe.json"
+    assert tokenizer.main(["--data", str(text), "--vocab-size", "300", "--out", str(made)]) == 0
+    out = tmp_path / "run"
+    assert main([*arguments, "--shard", "--tokenizer", str(made), "--out", str(out), "--steps", "1"]) == 0
+    folder = str(checkpoint.latest(out))
+    assert sharded.main([folder, folder]) == 0
 
 
 @pytest.mark.usefixtures("fresh")

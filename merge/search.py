@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,24 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge.candidates import DENSITIES, LAMBDAS, epsilon_of, grid, run_grid, run_optuna
 from merge.io import short_name
 from merge.methods import METHODS
-from merge.recipe import Recipe
+from merge.recipe import SETTINGS, Recipe
 from merge.run import open_inputs, stream
 from recipes.data import SEPARATOR, Tokenizer, load_tokenizer, open_source
 from recipes.evaluation import held_out_bits
 from synapse_arch import SynapseModel
-from synapse_arch.errors import BackendUnavailable, ConfigError, DataError, SynapseError, explain
+from synapse_arch.errors import ConfigError, DataError, SynapseError, explain
 
-LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
-DENSITIES = (0.1, 0.2, 0.5, 1.0)
-EPSILON = 0.1
-"""Della's own."""
 NOTHING = 1e-8
 """Weights that sum to less cannot be averaged with."""
 TRIALS, BEST, TABLE, TEXT = "trials.jsonl", "best.yaml", "search.json", "search.md"
 TRIED = ("density", "lambda")
-SETTINGS = ("density", "lambda", "election", "normalize", "trim", "epsilon", "gamma", "seed")
 EXAMPLES = """examples:
   python -m merge.search --recipe merge.yaml --data held_out.txt --out search
   python -m merge.search --recipe merge.yaml --data code.txt prose.txt --test code2.txt prose2.txt --out search
@@ -165,7 +160,7 @@ class Search:
         """The recipe of a candidate; what its method does not know is left out."""
         values = self.recipe.to_dict()
         uses = METHODS[candidate["method"]].uses
-        unused = [name for name in SETTINGS if ("lam" if name == "lambda" else name) not in uses]
+        unused = ["lambda" if name == "lam" else name for name in SETTINGS if name not in {*uses, "weights"}]
         for name in unused:
             values.pop(name, None)
         overrides = [{k: v for k, v in one.items() if k not in unused} for one in values.get("overrides", ())]
@@ -206,86 +201,6 @@ def references(recipe: Recipe) -> dict[str, dict[str, Any]]:
     if recipe.weights is not None and abs(sum(recipe.weights)) < NOTHING:  # there is no average
         return named
     return named | {"average": {"method": "linear", "lambda": 1.0}}
-
-
-def grid(
-    methods: Sequence[str], lambdas: Sequence[float], densities: Sequence[float], *, epsilon: float = EPSILON
-) -> list[dict[str, Any]]:
-    """Every combination of the settings that each method knows; densities that della's epsilon leaves no room are not.
-
-    >>> grid(["task_arithmetic"], [0.5, 1.0], [0.2])
-    [{'method': 'task_arithmetic', 'lambda': 0.5}, {'method': 'task_arithmetic', 'lambda': 1.0}]
-    """
-    found, half = [], epsilon / 2
-    for method in methods:
-        uses = METHODS[method].uses
-        axes: dict[str, Sequence[float | None]] = {
-            "lambda": lambdas if "lam" in uses else (None,),
-            "density": densities if "density" in uses else (None,),
-        }
-        for values in itertools.product(*axes.values()):
-            settings = dict(zip(axes, values, strict=True))
-            if method == "della" and not half < (settings["density"] or 0.0) <= 1 - half:
-                continue
-            found.append({"method": method} | {name: value for name, value in settings.items() if value is not None})
-    return found
-
-
-def _epsilon(recipe: Recipe) -> float:
-    return EPSILON if recipe.epsilon is None else recipe.epsilon
-
-
-def run_grid(search: Search, candidates: Sequence[Mapping[str, Any]]) -> None:
-    """Tries every candidate, with a bar."""
-    from tqdm import tqdm
-
-    with tqdm(candidates, desc="search", unit="trial", leave=False) as bar:
-        for candidate in bar:
-            search.attempt(candidate)
-
-
-def run_optuna(
-    search: Search,
-    methods: Sequence[str],
-    trials: int,
-    lambdas: Sequence[float],
-    densities: Sequence[float],
-    *,
-    seed: int,
-) -> None:
-    """Lets Optuna's TPE sampler choose, within the given bounds; the same seed and records choose the same.
-
-    Raises:
-        BackendUnavailable: optuna is missing.
-    """
-    try:
-        import optuna
-    except ImportError as cause:
-        remedy = "pip install 'synapse-arch[merge]'"
-        raise BackendUnavailable(explain("--optuna", "optuna", "it is not installed", remedy)) from cause
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-    half = _epsilon(search.recipe) / 2  # what della needs on both sides of a density
-
-    def objective(trial: Any) -> float:
-        method = trial.suggest_categorical("method", list(methods))
-        uses = METHODS[method].uses
-        candidate: dict[str, Any] = {"method": method}
-        if "lam" in uses:
-            low, high = min(lambdas), max(lambdas)
-            candidate["lambda"] = round(trial.suggest_float("lambda", low, high, log=low > 0), 3)
-        if "density" in uses:
-            low, high = min(densities), max(densities)
-            if method == "della":
-                low, high = max(low, half + 0.01), min(high, 1 - half)
-            if low > high:
-                room = f"some from {half + 0.01:g} to {1 - half:g}"
-                raise ConfigError(explain("--densities with della", room, list(densities), "widen them"))
-            candidate["density"] = round(trial.suggest_float(f"density of {method}", low, high), 3)
-        return search.attempt(candidate)
-
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    study.optimize(objective, n_trials=trials, show_progress_bar=sys.stderr.isatty())
 
 
 def table(search: Search, methods: Sequence[str], named: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -406,11 +321,12 @@ def run(command: argparse.Namespace) -> None:
     methods = command.methods or [recipe.method]
     search = open_search(recipe, command.data, command.out)
     test = texts(command.test, search.judge.tokenizer) if command.test else None
-    run_grid(search, list(references(recipe).values()))
+    run_grid(search.attempt, list(references(recipe).values()))
+    bounds, epsilon = (command.lambdas, command.densities), epsilon_of(recipe)
     if command.optuna is not None:
-        run_optuna(search, methods, command.optuna, command.lambdas, command.densities, seed=command.seed)
+        run_optuna(search.attempt, methods, command.optuna, *bounds, epsilon=epsilon, seed=command.seed)
     else:
-        run_grid(search, grid(methods, command.lambdas, command.densities, epsilon=_epsilon(recipe)))
+        run_grid(search.attempt, grid(methods, *bounds, epsilon=epsilon))
     report(search, methods, test)
     print((command.out / TEXT).read_text(encoding="utf-8"))
     print(f"merge it: python -m merge.ties --recipe {command.out / BEST} --out merged")

@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.measure import ROOT, environment, machine_slug
 from benchmarks.merging import domains
+from merge.candidates import grid, run_grid
 from merge.recipe import Recipe
-from merge.search import grid, open_search, references, report, run_grid, texts
+from merge.search import open_search, references, report, texts
 from recipes.data import Corpus
 from recipes.malloc import keep_freed_memory
 
@@ -42,8 +43,8 @@ def one_seed(seed: int, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
     models = tuple(str(places[name]) for name in domains.DOMAINS)
     recipe = Recipe(base=str(places["base"]), models=models)
     search = open_search(recipe, paths["choice"], folder / "search")
-    run_grid(search, list(references(recipe).values()))
-    run_grid(search, grid(METHODS, LAMBDAS, DENSITIES))
+    run_grid(search.attempt, list(references(recipe).values()))
+    run_grid(search.attempt, grid(METHODS, LAMBDAS, DENSITIES))
     rows = report(search, METHODS, texts(paths["test"], search.judge.tokenizer))
     kept = [{key: row[key] for key in ("name", "candidate", "bits", "test")} for row in rows]
     return {"seed": seed, "trials": len(search.trials), "rows": kept}

@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 
+from merge.candidates import grid
 from merge.cli import main as merging
 from merge.recipe import Recipe
 from merge.run import merge
-from merge.search import Search, grid, main, read_text
+from merge.search import Search, main, read_text
 from recipes.data import ByteTokenizer
 from recipes.evaluation import held_out_bits
 from recipes.tokenizer import train_bpe

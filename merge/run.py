@@ -105,12 +105,9 @@ def _similarity(recipe: Recipe, base: Checkpoint, model: Source) -> dict[str, Te
     except OSError as cause:
         raise ConfigError(explain("calibration", "a readable text", f"{type(cause).__name__}: {cause}")) from cause
     reference, other = (SynapseModel.from_pretrained(one.path) for one in (base, model))
-    if (Path(base.path) / "tokenizer.json").is_file() or reference.config.vocab_size > 256:
-        raise ConfigError(
-            explain("calibration", "models that read bytes", "a tokenizer of their own", "align by weights")
-        )
-    if reference.config.vocab_size < 256 or not text:
-        got = f"{len(text)} bytes and a vocabulary of {reference.config.vocab_size}"
+    vocabulary, own = reference.config.vocab_size, (Path(base.path) / "tokenizer.json").is_file()
+    if vocabulary != 256 or own or not text:
+        got = f"{len(text)} bytes and a vocabulary of {vocabulary}{' with a tokenizer of its own' if own else ''}"
         raise ConfigError(explain("calibration", "some text, and models that read bytes", got, "align by weights"))
     return by_activations(reference, other, torch.tensor([list(text)]))
 

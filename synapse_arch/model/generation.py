@@ -276,8 +276,7 @@ class _Decoder:
             state.check_against(model, batch, device=device)
         self.state = state
         self.trace: SynapseTrace | None = None
-        self._model, self._sampling, self._spec = model, sampling, trace
-        self._compile, self._alone = compile, alone
+        self._model, self._sampling, self._spec, self._alone = model, sampling, trace, alone
         self._prompt = ids.to(device).long()
         self._compiled = self._compiled_step() if compile else None
         self._mask = None if mask is None or bool(mask.all()) else mask.to(device)
@@ -323,11 +322,12 @@ class _Decoder:
         """Reads one token a row; rows that are not active stay as they are."""
         device = self._prompt.device
         whole = active is None or (
-            all(active) and not (self._compile and len(active) > 1)
+            all(active) and not (self._compiled is not None and len(active) > 1)
         )  # a graph has a mask or none
         mask = None if whole else torch.tensor(active, device=device)[:, None]
         ids = torch.tensor(tokens, device=device)[:, None]
-        self._logits = (self._step(ids, mask) if self._compile else self._advance(ids, mask))[:, -1]
+        compiled = self._compiled
+        self._logits = (self._advance(ids, mask) if compiled is None else self._step(compiled, ids, mask))[:, -1]
 
     def _mode(self) -> AbstractContextManager[None]:
         return nullcontext() if self._alone else _evaluating(self._model)
@@ -337,10 +337,9 @@ class _Decoder:
         return settled(step) if self._alone else step
 
     @torch.no_grad()
-    def _step(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        assert self._compiled is not None
+    def _step(self, compiled: Step, ids: Tensor, mask: Tensor | None) -> Tensor:
         with self._mode():
-            logits, self.state = self._compiled(self._model, ids, self.state, mask)
+            logits, self.state = compiled(self._model, ids, self.state, mask)
         return logits
 
     def rewind(self, row: int, state: SynapseState) -> None:
@@ -348,7 +347,7 @@ class _Decoder:
         rows = torch.zeros(self.state.batch_size, dtype=torch.bool, device=self.state.device)
         rows[row] = True
         self.state = state.where(rows, self.state)
-        if self._compile:
+        if self._compiled is not None:
             self._compiled = self._compiled_step()
 
     @torch.no_grad()

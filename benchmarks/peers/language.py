@@ -153,15 +153,16 @@ def decoding(
     model = SynapseModel(config).eval()
     ids = torch.randint(config.vocab_size, (1, max(lengths)))
     states = {length: _read(model, ids[:, :length]) for length in {*lengths, *peer_lengths}}
-    figures = []
+    figures, rate = [], bandwidth(rounds=25)  # one for all: two measurements may differ by half
     for batch, (kind, step) in itertools.product(batches, kinds.items()):
         ours = {length: _our_decoder(model, states[length], batch, step) for length in lengths}
-        limit = _read_bytes(model, batch) / bandwidth()
+        limit = _read_bytes(model, batch) / rate
         times = interleaved({str(length): step for length, step in ours.items()}, steps, f"{kind}, B {batch}")
         first, *rest = lengths
         what = f"{kind}, B {batch}: time to read every active weight once over a step's, after {first:,} tokens"
         values = tuple(limit / value for value in times[str(first)])
-        figures.append(Figure(what=what, values=values, unit="share", goal=0.6, better="more"))
+        details = {"bytes_per_second": rate}
+        figures.append(Figure(what=what, values=values, unit="share", goal=0.6, better="more", details=details))
         for length in rest:
             ratio = _over(times[str(length)], times[str(first)])
             what = f"{kind}, B {batch}: time a step after {length:,} tokens over after {first:,}"

@@ -77,8 +77,11 @@ def finite_log(x: Tensor) -> Tensor:
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A region on `x`'s device where autocast does not narrow matrix products."""
-    if autocast_enabled(x):
+    """A region on `x`'s device where autocast does not narrow matrix products.
+
+    A compiler traces a backward pass where autocast is off and may run it where it is on: the region says so itself.
+    """
+    if autocast_enabled(x) or (torch.compiler.is_compiling() and x.device.type != "meta"):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -141,6 +141,19 @@ def test_autocast_does_not_narrow_gradients(case: Case) -> None:
     assert_same(actual, expected)
 
 
+@pytest.mark.filterwarnings("default")  # the compiler warns itself
+@pytest.mark.parametrize("case", OPS, ids=str)
+def test_autocast_does_not_narrow_compiled_gradients(case: Case) -> None:
+    """torch.compile runs a backward pass under the autocast that the forward pass was compiled in."""
+    tensors = cast(case.draw(2, 70), torch.float32)
+    expected = measure(case.call, tensors)
+    torch.compiler.reset()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = measure(torch.compile(case.call, backend="aot_eager"), tensors)
+    torch.compiler.reset()
+    assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("case", MODULES, ids=str)
 def test_modules_under_autocast(case: Case) -> None:
     tensors = cast(case.draw(2, 70), torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 
@@ -43,18 +44,19 @@ def small(*extra: str) -> SynapseModel:
     return SynapseModel(SynapseConfig.preset("tiny", **numbers)).train()
 
 
-def step(model: SynapseModel) -> tuple[SynapseOutput, dict[str, torch.Tensor]]:
-    """A step over two packed documents and two chunks, and its gradients."""
+def step(model: SynapseModel, bf16: bool = False) -> tuple[SynapseOutput, dict[str, torch.Tensor]]:
+    """A step over two packed documents and two chunks, and its gradients; the forward pass under autocast or not."""
     ids = torch.randint(256, (2, 80), generator=torch.Generator().manual_seed(1))
     segment_ids = (torch.arange(80) > 50).long().expand(2, 80)
-    out = model(ids, targets=ids.roll(-1, 1), segment_ids=segment_ids)
+    with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+        out = model(ids, targets=ids.roll(-1, 1), segment_ids=segment_ids)
     assert out.loss is not None
     out.loss.backward()
     return out, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def check_equal(eager: SynapseModel, compiled: SynapseModel) -> None:
-    (one, gradients), (other, others) = step(eager), step(compiled)
+def check_equal(eager: SynapseModel, compiled: SynapseModel, bf16: bool = False) -> None:
+    (one, gradients), (other, others) = step(eager, bf16), step(compiled, bf16)
     torch.testing.assert_close(other.logits, one.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.loss, one.loss, rtol=1e-6, atol=0)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
@@ -65,13 +67,13 @@ def check_equal(eager: SynapseModel, compiled: SynapseModel) -> None:
         torch.testing.assert_close(right[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_a_layer_is_one_graph_without_a_break() -> None:
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_a_layer_is_one_graph_without_a_break(bf16: bool) -> None:
     """Traced, with every part of a layer, but not translated to C++: that takes minutes."""
     eager = small("n_layers=2")
     traced = copy.deepcopy(eager)
-    for layer in traced.layers:
-        layer.compile(backend="aot_eager")
-    check_equal(eager, traced)
+    compile_layers(traced, backend="aot_eager")
+    check_equal(eager, traced, bf16)
     found = torch._dynamo.utils.counters
     assert found["stats"]["unique_graphs"] == 1  # the second layer is served by the first one's
     assert not found["graph_break"]

@@ -66,7 +66,6 @@ class Adapter:
         label: the path it was given as.
         base: what it is applied to.
         files: its own weights.
-        base_name: how its configuration calls the base it was trained on; None where it says nothing.
     """
 
     def __init__(self, path: PathLike, base: Checkpoint) -> None:
@@ -83,7 +82,6 @@ class Adapter:
             raise CheckpointError(explain(self.label, WEIGHTS, "adapter_model.bin, a pickle", remedy))
         self._own = Checkpoint(folder / WEIGHTS)
         self.files = self._own.files
-        self.base_name: str | None = config.get("base_model_name_or_path")
         self._low: dict[str, list[_Low]] = {}
         self._whole: dict[str, str] = {}
         self._assign(config)

@@ -100,3 +100,17 @@ def test_without_a_base_nothing_is_reported(capsys: pytest.CaptureFixture[str]) 
     assert main(["--models", "a", "b", "--method", "linear", "--out", "out", "--quiet", "--report"]) == 2
     assert "--report" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("inside")
+def test_an_interrupted_report_leaves_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("merge.cli.write_report", stopped)
+    words = ["--base", "base", "--models", "a", "b", "--out", "out", "--report", "--quiet"]
+    assert main(words) == 130
+    assert "the model is in out" in capsys.readouterr().err
+    assert Checkpoint("out").shapes.keys() == Checkpoint("base").shapes.keys()

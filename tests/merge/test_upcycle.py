@@ -122,15 +122,26 @@ def test_a_router_that_starts_from_texts_tells_them_apart(tmp_path: Path, monkey
         (["--experts", "a", "b", "--labels", "x"], "--labels"),
         (["--experts", "a", "nowhere"], "nowhere"),
         (["--experts", "a", "b", "--texts", "nowhere", "nowhere"], "readable text"),
+        (["--experts", "a", "b", "--texts", "empty", "empty"], "an empty file"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("empty").touch()
     assert run(*words) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("dense")
+def test_texts_are_for_models_that_read_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("base/tokenizer.json").write_text("{}", encoding="utf-8")
+    Path("text").write_bytes(b"some text")
+    assert run("--experts", "a", "b", "--texts", "text", "text") == 2
+    assert "a base that reads bytes" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

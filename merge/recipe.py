@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -27,10 +26,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "align": ("weights", "activations"),
     "dtype": tuple(DTYPES),
 }
+_LARGEST = torch.finfo(torch.float32).max
 _RANGES: dict[str, tuple[str, Any]] = {
     "density": ("above 0, up to 1", lambda value: 0 < value <= 1),
-    "weights": ("finite numbers", math.isfinite),
-    "lam": ("a finite number", math.isfinite),
+    "weights": ("finite numbers", lambda value: abs(value) <= _LARGEST),
+    "lam": ("a finite number", lambda value: abs(value) <= _LARGEST),
     "epsilon": ("0 up to, not including, 1", lambda value: 0 <= value < 1),
     "gamma": ("0 up to, not including, 1", lambda value: 0 <= value < 1),
     "seed": ("an integer, 0 or more", lambda value: isinstance(value, int) and value >= 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import threading
 from collections.abc import Iterator, Mapping
@@ -26,9 +27,10 @@ from merge.recipe import DTYPES, SETTINGS, Recipe
 from merge.trim import global_cuts
 from merge.vectors import Delta, Given, Trim
 from merge.writer import Entry, check_room, check_target, copy_companions, whole_folder, write_weights
-from synapse_arch import SynapseModel
+from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.errors import ConfigError, ShapeError, explain
 from synapse_arch.model._files import write_text
+from synapse_arch.model.checkpoint import SCHEMA, never_narrowed
 
 
 class Inputs(NamedTuple):
@@ -124,16 +126,27 @@ def plan(recipe: Recipe, inputs: Inputs) -> tuple[Step, ...]:
     Raises:
         ConfigError: a pattern of an override matches no tensor.
     """
-    steps = []
+    steps, wide = [], _not_narrowed(inputs.base) if recipe.dtype else frozenset()
     for name, shape in inputs.base.shapes.items():
         kept = inputs.base.dtypes[name]
         dtype = DTYPES[recipe.dtype] if recipe.dtype and kept.is_floating_point else kept
+        if name in wide and kept.is_floating_point:
+            dtype = torch.promote_types(kept, dtype)
         steps.append(_step(recipe, name, shape, dtype))
     unused = [one.pattern for one in recipe.overrides if all(recipe.override(step.name) is not one for step in steps)]
     if unused:
         remedy = "patterns match whole names, as in '*.experts.*'; the last one that matches counts"
         raise ConfigError(explain("overrides", "patterns that decide on a tensor at least", unused, remedy))
     return tuple(sorted(steps, key=lambda step: (-step.dtype.itemsize, step.name)))
+
+
+def _not_narrowed(base: Checkpoint) -> frozenset[str]:
+    """The tensors of a SynapseModel that loading it does not narrow either."""
+    if base.metadata.get("schema") != SCHEMA:
+        return frozenset()
+    with torch.device("meta"):
+        model = SynapseModel(SynapseConfig.from_dict(json.loads(base.metadata["config"])))
+    return never_narrowed(model)
 
 
 def _step(recipe: Recipe, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Step:

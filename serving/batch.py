@@ -131,31 +131,45 @@ class Batch:
         return take_row(self._state, row, seat.request.trace if seat else None)
 
     @torch.inference_mode()
-    def choose(self) -> dict[int, Choice]:
-        """Draws the next token of every taken row; a row whose logits are not finite gets NaN for log-probability."""
+    def choose(self) -> dict[int, Choice | Exception]:
+        """Draws the next token of every taken row; a row whose logits are not finite gets NaN for log-probability.
+
+        Where a kind of drawing fails, the rows that asked for it get the error, and the others their tokens.
+        """
         taken = {row: seat for row, seat in enumerate(self.seats) if seat is not None}
         sound = self._logits.isfinite().all(-1, keepdim=True)
         logits = torch.where(sound, self._logits.float(), 0.0)
         own = torch.where(sound, logits.log_softmax(-1), torch.nan)
-        drawn = [0] * self.size
+        drawn, failed = [0] * self.size, dict[int, Exception]()
         for sampling, rows in _alike(taken).items():
-            scores = logits
-            if sampling.repetition_penalty != 1:
-                scores = penalise(logits, self._seen, sampling.repetition_penalty)
-            at = torch.zeros(self.size)
-            if sampling.temperature > 0:
-                at[rows] = uniforms([taken[row].generator for row in rows])
-            tokens = draw_tokens(scores, sampling, at.to(self.device)).tolist()
-            for row in rows:
-                drawn[row] = tokens[row]
+            try:
+                tokens = self._draw(logits, sampling, rows, [taken[row].generator for row in rows])
+            except Exception as error:  # whatever it is, it is these rows'
+                failed |= dict.fromkeys(rows, error)
+            else:
+                for row in rows:
+                    drawn[row] = tokens[row]
         chosen = torch.tensor(drawn, device=self.device)[:, None]
         self._seen.scatter_(1, chosen, True)
         logprobs, entropies = own.gather(1, chosen)[:, 0].tolist(), torch.special.entr(own.exp()).sum(-1).tolist()
         tops = likeliest(own, max((seat.request.top_logprobs for seat in taken.values()), default=0))
         return {
-            row: Choice(drawn[row], logprobs[row], entropies[row], tops[row][: seat.request.top_logprobs])
+            row: failed.get(row)
+            or Choice(drawn[row], logprobs[row], entropies[row], tops[row][: seat.request.top_logprobs])
             for row, seat in taken.items()
         }
+
+    def _draw(
+        self, logits: Tensor, sampling: Sampling, rows: list[int], generators: list[torch.Generator]
+    ) -> list[int]:
+        """A token for every row (S, V) of the batch, of which only those of `rows` count."""
+        if sampling.repetition_penalty != 1:
+            logits = penalise(logits, self._seen, sampling.repetition_penalty)
+        at = torch.zeros(self.size)
+        if sampling.temperature > 0:
+            at[rows] = uniforms(generators)
+        tokens: list[int] = draw_tokens(logits, sampling, at.to(self.device)).tolist()
+        return tokens
 
     @torch.inference_mode()
     def read(self, tokens: dict[int, int]) -> dict[int, RowTrace | None]:

@@ -320,13 +320,16 @@ class Engine:
         for row, choice in chosen.items():
             running = self._running[row]
             try:
+                if isinstance(choice, Exception):
+                    raise choice
                 state = running.push(choice, self._batch)
-            except Exception as error:  # broken logits, or a stop matcher that failed
+            except Exception as error:  # broken logits, or a draw or a stop matcher that failed
                 self._fail(running, error)
             else:
                 if state is not None:
                     self._complete(running, "stop", state)
-        tokens = {row: choice.token for row, choice in chosen.items() if row in self._running}
+        left = {row: choice for row, choice in chosen.items() if row in self._running}
+        tokens = {row: choice.token for row, choice in left.items() if not isinstance(choice, Exception)}
         if not tokens:
             return
         traces = self._batch.read(tokens)

@@ -130,10 +130,18 @@ async def _handle(request: Request, error: Exception) -> Response:
     return found.response()
 
 
+NO_PLACES = {"body", "query", "path", "header", "str", "int", "float", "bool", "dict", "list"}
+"""What pydantic puts in front of a place, or behind it where a value fits none of several types."""
+
+
+def _is_place(part: str | int) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part not in NO_PLACES)
+
+
 def _invalid(errors: Sequence[Any]) -> ApiError:
     """The first of pydantic's complaints, in one sentence."""
     first = errors[0]
-    places = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    places = [str(part) for part in first["loc"] if _is_place(part)]
     param = ".".join(places) or None
     unknown = first["type"] == "extra_forbidden"
     message = "unknown parameter" if unknown else str(first["msg"]).removeprefix("Value error, ")

@@ -119,6 +119,9 @@ class Sessions:
         state.check_against(self._model, 1)
         if not 0 <= int(state.position) <= MOST_POSITION:
             raise StateError(explain("body: position", f"0 to {MOST_POSITION}", int(state.position)))
+        broken = [name for name, tensor in state.to_tensors().items() if not bool(tensor.isfinite().all())]
+        if broken:
+            raise StateError(explain(f"body: {broken[0]}", "finite numbers", "NaN or infinite ones"))
         return self.create(owner, state)
 
     def exported(self, session: str, owner: str) -> bytes:

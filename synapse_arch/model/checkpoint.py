@@ -84,15 +84,16 @@ def from_pretrained(
     Args:
         directory: a folder with a checkpoint.
         device: where the weights go.
-        dtype: floating parameters are cast to it, except those that must stay float32; None keeps what was saved.
+        dtype: floating parameters are cast to it, but those that are not to be narrowed (decay rates, routers);
+            None keeps what was saved.
 
     Raises:
         CheckpointError: a file is missing, truncated, damaged, foreign or of another schema, or its tensors
             are not those of its configuration.
         ConfigError: `dtype` is not a floating dtype.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ConfigError(explain("dtype", "a floating dtype", dtype))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(explain("dtype", "a floating dtype", repr(dtype), "such as torch.bfloat16"))
     from synapse_arch.model.model import SynapseModel  # here, as its methods delegate to this module
 
     folder = Path(directory)
@@ -101,10 +102,13 @@ def from_pretrained(
     except OSError as cause:
         raise CheckpointError(explain(str(folder), "a readable folder", f"{type(cause).__name__}: {cause}")) from cause
     config = _agreed_config(folder, files)
+    found = {name: file for file in files for name in file.names}
+    if config.n_layers > len(found):  # before so many are built
+        wanted = f"those of n_layers={config.n_layers}"
+        raise CheckpointError(explain(f"{files[0].path}: tensors", wanted, f"{len(found)} in all"))
     with torch.device("meta"):
         model = SynapseModel(config)
     expected = _distinct_tensors(model)
-    found = {name: file for file in files for name in file.names}
     _check_tensors(folder, expected, found)
     loaded = {id(old): _load(name, old, found[name], torch.device(device), dtype) for name, old in expected.items()}
     for name, old in model.state_dict(keep_vars=True).items():  # every name of a shared tensor
@@ -112,7 +116,7 @@ def from_pretrained(
         owner = model.get_submodule(path)
         slots: dict[str, Any] = owner._parameters if isinstance(old, nn.Parameter) else owner._buffers
         slots[leaf] = loaded[id(old)]
-    assert not any(buffer.is_meta for buffer in model.buffers()), "every buffer of a model must be persistent"
+    assert dict(model.named_buffers()).keys() <= model.state_dict().keys(), "every buffer of a model must be persistent"
     return model.eval()
 
 
@@ -263,8 +267,12 @@ def _agreed_config(folder: Path, files: list[TensorFile]) -> SynapseConfig:
     for file in files:
         schema = file.metadata.get("schema")
         if schema != SCHEMA or "config" not in file.metadata:
-            newer = str(schema).startswith("synapse.model/")
-            remedy = "update the library" if newer else "these weights are not of synapse_arch: convert them first"
+            family, _, version = str(schema).partition("/")
+            ours = family == SCHEMA.partition("/")[0] and version.isdecimal()
+            newer = ours and int(version) > int(SCHEMA.partition("/")[2])
+            remedy = "these weights are not of synapse_arch: convert them first"
+            if ours:
+                remedy = "update the library" if newer else "a former version wrote it: load and save it with that one"
             raise CheckpointError(explain(f"{file.path}: schema", SCHEMA, schema, remedy))
         if file.metadata["config"] != files[0].metadata["config"]:
             raise CheckpointError(explain(str(file.path), f"the configuration of {files[0].path.name}", "another"))
@@ -273,7 +281,7 @@ def _agreed_config(folder: Path, files: list[TensorFile]) -> SynapseConfig:
     try:
         embedded = json.loads(files[0].metadata["config"])
         config = SynapseConfig.from_dict(embedded)
-    except (ValueError, TypeError) as cause:  # JSON that does not parse, or a ConfigError
+    except (ValueError, TypeError, RecursionError) as cause:  # JSON that does not parse, or a ConfigError
         remedy = "the file is damaged, or a newer version of the library wrote it"
         raise CheckpointError(explain(where, "a valid configuration", f"{cause}", remedy)) from cause
     differing = sorted(key for key, value in embedded.items() if beside.get(key) != value)
@@ -299,6 +307,12 @@ def _refuse_names(path: Path, expected: set[str], found: set[str]) -> None:
     raise CheckpointError(explain(f"{path}: tensors", f"{len(expected)} of the configuration", got))
 
 
+def never_narrowed(model: nn.Module) -> frozenset[str]:
+    """The names of what keeps its precision where a model is loaded or merged in another dtype."""
+    marked = (name for name, parameter in model.named_parameters() if getattr(parameter, "_keep_float32", False))
+    return frozenset(marked) | frozenset(name for name, _ in model.named_buffers())
+
+
 def _load(name: str, old: Tensor, file: TensorFile, device: torch.device, dtype: torch.dtype | None) -> Tensor:
     """The saved tensor, ready to stand in a meta tensor's place, with the marks of a parameter (_keep_float32)."""
     value = file.tensor(name)
@@ -306,7 +320,9 @@ def _load(name: str, old: Tensor, file: TensorFile, device: torch.device, dtype:
         raise CheckpointError(explain(f"{file.path}: {name}", old.dtype, value.dtype, "the file is damaged"))
     if not isinstance(old, nn.Parameter):
         return value.to(device, copy=True)
-    target = value.dtype if dtype is None or getattr(old, "_keep_float32", False) else dtype
+    target = dtype or value.dtype
+    if getattr(old, "_keep_float32", False):
+        target = torch.promote_types(value.dtype, target)
     parameter = nn.Parameter(value.to(device, target, copy=True), requires_grad=old.requires_grad)
     parameter.__dict__.update(old.__dict__)
     return parameter

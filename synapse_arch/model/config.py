@@ -169,7 +169,7 @@ def _plain(value: Any) -> Any:
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(str(name), list(known), n=1)
     remedy = f"did you mean {near[0]!r}?" if near else ""
     return explain(what, f"one of {', '.join(known)}", repr(name), remedy)
 

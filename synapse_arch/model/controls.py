@@ -92,7 +92,7 @@ class Controls(NamedTuple):
 
         Raises:
             ShapeError: a tensor of other sizes or kind.
-            ConfigError: a layer is left with fewer than top_k experts, or more than top_k are forced.
+            ConfigError: a bias is NaN, a layer is left with fewer than top_k experts, or more than top_k are forced.
         """
         expected = Controls.neutral(config, batch_size, device="meta")
         for name, wanted, got in zip(self._fields, expected, self, strict=True):
@@ -104,6 +104,8 @@ class Controls(NamedTuple):
         bias, top_k = self.router_bias, config.thalamus.top_k
         if config.n_experts == 0 or bias.device.type != "cpu" or torch.compiler.is_compiling():
             return
+        if bool(bias.isnan().any()):
+            raise ConfigError(explain("controls.router_bias", "numbers, or inf and -inf", "NaN"))
         left, forced = int((bias != -torch.inf).sum(-1).min()), int((bias == torch.inf).sum(-1).max())
         if left < top_k:
             raise ConfigError(explain("controls.router_bias", f"top_k={top_k} experts left a layer", left, "ban fewer"))

@@ -7,6 +7,7 @@ batch. Both draw with one generator a row, so a row's draws depend on its seed a
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -380,14 +381,26 @@ def _check_prompt(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
         raise ShapeError(explain("mask", "at least one real token in every row", f"none in rows {empty[:10]}"))
 
 
+_lock = threading.Lock()
+_evaluated: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
+"""Of the models that are read now: by how many at once, and which of their modules were in training mode before."""
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and after it each submodule in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    """Evaluation mode inside, and each submodule in the mode it was in when the last of several threads has left."""
+    with _lock:
+        readers, training = _evaluated.get(model) or (0, [module for module in model.modules() if module.training])
+        _evaluated[model] = readers + 1, training
+        for module in training:
+            module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            readers, training = _evaluated.pop(model)
+            if readers > 1:
+                _evaluated[model] = readers - 1, training
+            else:
+                for module in training:
+                    module.training = True

@@ -127,10 +127,10 @@ class SynapseModel(nn.Module):
             device: where it lies; None means where the model lies.
 
         Raises:
-            StateError: batch_size is below 1.
+            StateError: batch_size is no integer of at least 1.
         """
-        if batch_size < 1:
-            raise StateError(explain("batch_size", "at least 1", batch_size))
+        if not isinstance(batch_size, int | torch.SymInt) or isinstance(batch_size, bool) or batch_size < 1:
+            raise StateError(explain("batch_size", "an integer, at least 1", repr(batch_size)))
         device = self.embedding.weight.device if device is None else device
         layers = tuple(layer.init_state(batch_size, device=device) for layer in self._layers())
         return SynapseState(layers, torch.zeros(batch_size, dtype=torch.long, device=device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -94,7 +94,8 @@ def draw_tokens(scores: Tensor, sampling: Sampling, at: Tensor) -> Tensor:
         scores, order = scores.sort(descending=True, stable=True)
     chances = scores.softmax(-1)
     if sampling.top_p is not None:
-        chances = torch.where(chances.cumsum(-1) - chances < sampling.top_p, chances, 0.0)
+        least = max(sampling.top_p, torch.finfo(chances.dtype).tiny)  # the likeliest token is drawn whatever top_p is
+        chances = torch.where(chances.cumsum(-1) - chances < least, chances, 0.0)
     reached = chances.cumsum(-1)
     total = reached[:, -1:]
     target = torch.minimum(at[:, None] * total, total.nextafter(torch.zeros_like(total)))  # below the total
@@ -133,4 +134,4 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

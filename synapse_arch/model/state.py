@@ -8,7 +8,7 @@ Every leaf has the batch first. A leaf may be None where the tensor is optional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,7 +112,13 @@ class SynapseState:
         return self._map(torch.Tensor.clone)
 
     def to(self, device: torch.device | str) -> SynapseState:
-        """The state on another device."""
+        """The state on another device; its dtypes are the model's, and stay.
+
+        Raises:
+            StateError: `device` is no device.
+        """
+        if not isinstance(device, (torch.device, str, int)):
+            raise StateError(explain("device", "a device", repr(device)))
         return self._map(lambda tensor: tensor.to(device))
 
     def select(self, rows: Tensor | Sequence[int]) -> SynapseState:
@@ -134,14 +140,14 @@ class SynapseState:
         Raises:
             StateError: the two are not of one model and batch size, or `rows` is not (B,) bool.
         """
-        if rows.shape != (self.batch_size,) or rows.dtype != torch.bool:
-            expected = f"({self.batch_size},) bool"
-            raise StateError(explain("rows", expected, f"{tuple(rows.shape)} {rows.dtype}"))
+        if not isinstance(rows, Tensor) or rows.shape != (self.batch_size,) or rows.dtype != torch.bool:
+            got = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else repr(rows)
+            raise StateError(explain("rows", f"({self.batch_size},) bool", got))
         first, second = _aligned([self, other], same_batch=True)
         return first._map(lambda a, b: torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b), second)
 
     @staticmethod
-    def cat(states: Sequence[SynapseState]) -> SynapseState:
+    def cat(states: Iterable[SynapseState]) -> SynapseState:
         """One state with the rows of all, in order.
 
         Optional statistics (such as the memory ages of the language module) are kept where every state has them.
@@ -149,6 +155,7 @@ class SynapseState:
         Raises:
             StateError: nothing to join, or states of different models or devices.
         """
+        states = list(states)
         if not states:
             raise StateError(explain("states", "at least one SynapseState", "none"))
         first, *rest = _aligned(states)

@@ -96,7 +96,7 @@ def no_decay(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def keep_float32(parameter: nn.Parameter) -> nn.Parameter:
-    """Marks a parameter that is loaded in float32 whatever dtype is asked for (decay rates, routers), never decayed.
+    """Marks a parameter that is never loaded narrower than it was saved (decay rates, routers), and never decayed.
 
     Calling `.to(dtype)` on a module narrows it as any other.
     """
@@ -104,9 +104,9 @@ def keep_float32(parameter: nn.Parameter) -> nn.Parameter:
     return no_decay(parameter)
 
 
-def linear(d_in: int, d_out: int, *, scale: float = 1.0) -> nn.Linear:
+def linear(d_in: int, d_out: int, *, scale: float = 1.0, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     """A bias-free projection with normal weights of standard deviation scale / sqrt(d_in)."""
-    layer = nn.Linear(d_in, d_out, bias=False)
+    layer = kind(d_in, d_out, bias=False)
     nn.init.normal_(layer.weight, std=scale * d_in**-0.5)
     return layer
 
@@ -154,6 +154,13 @@ def check_positive(config: object, **fields: float) -> None:
         if isinstance(value, bool) or not isinstance(value, wanted) or not least <= value < math.inf:
             kind = "an integer" if isinstance(least, int) else "a number"
             raise ConfigError(explain(f"{type(config).__name__}.{name}", f"{kind} >= {least}", repr(value)))
+
+
+def check_numbers(config: object, name: str, *values: object) -> None:
+    """Raises ConfigError unless all values, those of the named field, are finite numbers."""
+    numbers = (isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in values)
+    if not all(numbers):
+        raise ConfigError(explain(f"{type(config).__name__}.{name}", "finite numbers", repr(getattr(config, name))))
 
 
 def check_range(config: object, low: str, high: str) -> None:

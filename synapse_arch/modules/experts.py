@@ -40,7 +40,8 @@ class ExpertsConfig:
     def __post_init__(self) -> None:
         check_positive(self, n_experts=1, d_expert=1, d_shared=0)
         if self.labels is not None:
-            if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels):
+            named = isinstance(self.labels, (tuple, list)) and all(isinstance(label, str) for label in self.labels)
+            if not named:
                 raise ConfigError(explain("ExpertsConfig.labels", "a sequence of names", repr(self.labels)))
             object.__setattr__(self, "labels", tuple(self.labels))
             if len(self.labels) != self.n_experts:

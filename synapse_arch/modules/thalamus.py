@@ -5,10 +5,12 @@ B batch, T time, D model width, E experts, k experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synapse_arch.errors import ConfigError, StateError, explain
@@ -26,7 +28,7 @@ from synapse_arch.modules.common import (
     linear,
 )
 from synapse_arch.modules.mamba import Mamba, MambaConfig, MambaState
-from synapse_arch.ops._backends import no_autocast
+from synapse_arch.ops._backends import compute_dtype, no_autocast
 from synapse_arch.ops._checks import check_float, check_packing
 from synapse_arch.ops._packing import segment_index
 
@@ -158,7 +160,7 @@ class Thalamus(nn.Module):
         if n_experts:
             self.router_norm = RMSNorm(d_model)
             keep_float32(self.router_norm.weight)
-            self.router = linear(d_model, n_experts)
+            self.router = linear(d_model, n_experts, kind=_Router)
             self.router.weight = keep_float32(nn.Parameter(torch.randn(n_experts, d_model) * 0.02))
             self.register_buffer("router_bias", torch.zeros(n_experts))
             self.register_buffer("pathways", torch.zeros(n_experts, n_experts))
@@ -211,8 +213,7 @@ class Thalamus(nn.Module):
             return ThalamusOutput(y, None, ThalamusState(mamba, before))
         read = y if y is not None and self.config.context else x
         with no_autocast(x):
-            signal = self.router_norm(read.to(torch.promote_types(read.dtype, self.router_bias.dtype)))
-            logits = self.router(signal)
+            logits = self.router(self.router_norm(read.to(compute_dtype(read, self.router.weight))))
         routing, ranked = self._choose(logits, mask, rank_bias, pathways)
         after = self._fire_together(routing.indices, before, segment_ids, mask)
         record = None
@@ -285,6 +286,16 @@ class Thalamus(nn.Module):
             kept = kept * (segments[:, -1] == 0)
         return kept[:, None, None] * coactivation + (fired * weight[..., None]).transpose(1, 2) @ fired
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Thalamus:
+        """What `.to()` and its like call: biases and pathways, which grow by small steps, stay float32 or wider."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != torch.promote_types(after.dtype, torch.float32):
+                setattr(self, name, buffer.to(after.device))
+        return self
+
     @torch.no_grad()
     def consolidate(self, state: ThalamusState) -> None:
         """Turns what fired together, averaged over rows, into pathways; see `pathways_of`.
@@ -302,6 +313,14 @@ class Thalamus(nn.Module):
         """
         share = load.to(self.router_bias.dtype)
         self.router_bias += self.config.bias_rate * torch.sign(share.mean() - share)
+
+
+class _Router(nn.Linear):
+    """A projection in the precision of what it reads, whatever `.to()` made of its weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., E)."""
+        return F.linear(input, self.weight.to(input.dtype))
 
 
 def pathways_of(coactivation: Tensor) -> Tensor:

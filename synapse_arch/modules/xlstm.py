@@ -20,6 +20,7 @@ from synapse_arch.modules.common import (
     MixerOutput,
     ShortConv,
     check_input,
+    check_numbers,
     check_positive,
     check_state,
     keep_float32,
@@ -57,10 +58,11 @@ class XLSTMConfig:
         check_positive(self, n_heads=1, d_conv=2, qk_ratio=1e-3, gate_cap=1e-3)
         if self.d_hidden is not None:
             check_positive(self, d_hidden=1)
+        check_numbers(self, "input_gate_bias", self.input_gate_bias)
         given = self.forget_gate_bias
-        numbers = isinstance(given, (tuple, list)) and all(isinstance(bias, (int, float)) for bias in given)
-        if not numbers or len(given) != 2:
+        if not isinstance(given, (tuple, list)) or len(given) != 2:
             raise ConfigError(explain("XLSTMConfig.forget_gate_bias", "(first, last), two numbers", repr(given)))
+        check_numbers(self, "forget_gate_bias", *given)
         object.__setattr__(self, "forget_gate_bias", tuple(given))
 
 

@@ -116,12 +116,14 @@ def _ungroupable(x: Tensor, sizes: Sizes) -> str:
 
 
 def _reference(x: Tensor, w_in: Tensor, w_out: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Every expert on every token, weighted by zero where it was not chosen."""
+    """Every expert on every token, which counts where it was chosen."""
     y = torch.zeros_like(x)
     for e in range(w_in.shape[0]):
-        gate, up = (x @ w_in[e].to(x.dtype)).chunk(2, dim=-1)
-        share = torch.where(indices == e, weights, 0.0).sum(-1, keepdim=True).to(x.dtype)
-        y = y + share * ((F.silu(gate) * up) @ w_out[e].to(x.dtype))
+        here = indices == e
+        came = here.any(-1, keepdim=True)  # of the others nothing counts, not even NaN
+        gate, up = (torch.where(came, x, 0.0) @ w_in[e].to(x.dtype)).chunk(2, dim=-1)
+        share = torch.where(here, weights, 0.0).sum(-1, keepdim=True).to(x.dtype)
+        y = y + torch.where(came, share * ((F.silu(gate) * up) @ w_out[e].to(x.dtype)), 0.0)
     return y
 
 

@@ -275,6 +275,20 @@ def test_the_bar_counts_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert "merging" in capsys.readouterr().err
 
 
+def test_a_narrow_result_keeps_what_loading_keeps() -> None:
+    """Decay rates, routers and their biases; the merged model is the base, loaded narrow, in its dtypes."""
+    assert main(["--base", "base", "--models", "a", "b", "--dtype", "bfloat16", "--out", "narrow", "--quiet"]) == 0
+    merged = SynapseModel.from_pretrained("narrow")
+    loaded = SynapseModel.from_pretrained("base", dtype=torch.bfloat16)
+    assert {n: x.dtype for n, x in merged.state_dict().items()} == {n: x.dtype for n, x in loaded.state_dict().items()}
+
+
+@pytest.mark.parametrize("words", [["--lambda", "1e300"], ["--weights", "1e300", "1"]])
+def test_numbers_that_float32_does_not_have_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--base", "base", "--models", "a", "b", "--out", "out", "--quiet", *words]) == 2
+    assert "finite number" in capsys.readouterr().err
+
+
 def test_a_plan_names_every_tensor_once_wide_dtypes_first() -> None:
     recipe = Recipe(base="base", models=("a",), dtype="bfloat16")
     steps = plan(recipe, open_inputs(recipe))

@@ -17,6 +17,7 @@ from synapse_arch import (
     StateError,
     SynapseConfig,
     SynapseModel,
+    SynapseState,
     ThalamusConfig,
     TraceSpec,
     XLSTMConfig,
@@ -45,6 +46,15 @@ def test_a_trace_of_a_layer_that_is_not_there_is_refused() -> None:
         (lambda model: model.balance_router(None), ShapeError, "load: expected a tensor, got NoneType"),
         (lambda model: model.balance_router(torch.ones(1, 2)), ShapeError, r"load: expected \(L, E\)"),
         (lambda model: model.consolidate(None), StateError, "state: expected a SynapseState, got NoneType"),
+        (lambda model: model.init_state(2.0), StateError, "batch_size: expected an integer"),
+        (lambda model: model.init_state(True), StateError, "batch_size: expected an integer"),
+        (
+            lambda model: model.init_state(1).where([True], model.init_state(1)),
+            StateError,
+            r"rows: expected \(1,\) bool, got \[True\]",
+        ),
+        (lambda model: model.init_state(1).to(torch.float64), StateError, "device: expected a device"),
+        (lambda model: SynapseState.cat(iter(())), StateError, "states: expected at least one"),
     ],
 )
 def test_what_is_no_tensor_state_or_trace_is_refused(
@@ -66,6 +76,11 @@ def test_what_is_no_tensor_state_or_trace_is_refused(
         lambda: ThalamusConfig(noise=float("inf")),
         lambda: ThalamusConfig(hebbian_decay="0.9"),
         lambda: ExpertsConfig(n_experts=8, labels="abcdefgh"),
+        lambda: ExpertsConfig(n_experts=8, labels=5),
+        lambda: XLSTMConfig(input_gate_bias="x"),
+        lambda: XLSTMConfig(input_gate_bias=float("nan")),
+        lambda: XLSTMConfig(forget_gate_bias=(float("nan"), 1.0)),
+        lambda: SynapseConfig.from_dict({1: 2}),
     ],
 )
 def test_values_that_no_model_can_have_are_refused(make: object) -> None:
@@ -92,6 +107,18 @@ def test_each_router_is_balanced_by_its_own_load() -> None:
     assert model.layers[1].thalamus.router_bias.tolist() == [0.5, 0.5, 0.5, -0.5]
     with pytest.raises(ShapeError, match="load"):
         model.balance_router(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_model_routes_and_balances_in_float32(dtype: torch.dtype) -> None:
+    """Steps of 1e-3 are lost in a bfloat16 that stands at 0.5."""
+    model = small_model(thalamus=ThalamusConfig(d_state=4, head_dim=8, bias_rate=1e-3)).to(dtype)
+    thalamus = model.layers[0].thalamus
+    assert thalamus(torch.randn(1, 3, 16, dtype=dtype)).routing.logits.dtype == torch.float32
+    for _ in range(1000):
+        model.balance_router(torch.tensor([[9, 1, 2, 0], [0, 0, 0, 8]]))
+    torch.testing.assert_close(thalamus.router_bias, torch.tensor([-1.0, 1.0, 1.0, 1.0]))
+    assert thalamus.pathways.dtype == torch.float32
 
 
 def test_a_copy_keeps_what_its_parameters_are_marked_with() -> None:

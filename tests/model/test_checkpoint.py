@@ -113,9 +113,18 @@ class TestRoundTrip:
             kept = getattr(parameter, "_keep_float32", False)
             assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
         assert {buffer.dtype for buffer in loaded.buffers()} == {torch.float32, torch.int64}
-        assert from_pretrained(folder, dtype=torch.float64).embedding.weight.dtype == torch.float64
-        with pytest.raises(ConfigError, match="dtype: expected a floating dtype"):
-            from_pretrained(folder, dtype=torch.int64)
+        for unknown in (torch.int64, "bfloat16"):
+            with pytest.raises(ConfigError, match="dtype: expected a floating dtype"):
+                from_pretrained(folder, dtype=unknown)
+
+    def test_a_wider_dtype_is_that_of_all_parameters(self, folder: Path) -> None:
+        loaded, ids = from_pretrained(folder, dtype=torch.float64), tokens(1, 9)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float64}
+        expected = from_pretrained(folder).double()(ids).logits
+        assert torch.equal(loaded(ids).logits, expected)
+
+    def test_shapes_alone(self, folder: Path) -> None:
+        assert all(tensor.is_meta for tensor in from_pretrained(folder, device="meta").state_dict().values())
 
     def test_without_dtype_the_saved_one_stays(self, folder: Path, tmp_path: Path) -> None:
         narrow = from_pretrained(folder, dtype=torch.bfloat16)
@@ -419,8 +428,17 @@ class TestDamage:
     def test_newer_schema(self, folder: Path) -> None:
         self.rewrite(folder / "model.safetensors", lambda tensors: None, schema="synapse.model/2")
         self.refused(folder, "expected synapse.model/1, got synapse.model/2", "update the library")
+        self.rewrite(folder / "model.safetensors", lambda tensors: None, schema="synapse.model/0")
+        self.refused(folder, "expected synapse.model/1, got synapse.model/0", "a former version")
 
-    @pytest.mark.parametrize("config", ["{", "[]", '{"n_layers": 0}', '{"layers": 3}', '{"thalamus": {"mamba": 4}}'])
+    def test_more_layers_than_tensors(self, folder: Path) -> None:
+        """Refused before they are built."""
+        self.rewrite(folder / "model.safetensors", lambda tensors: None, config='{"n_layers": 1000000000}')
+        self.refused(folder, "those of n_layers=1000000000")
+
+    @pytest.mark.parametrize(
+        "config", ["{", "[" * 100_000, "[]", '{"n_layers": 0}', '{"layers": 3}', '{"thalamus": {"mamba": 4}}']
+    )
     def test_embedded_config_that_is_none(self, folder: Path, config: str) -> None:
         self.rewrite(folder / "model.safetensors", lambda tensors: None, config=config)
         self.refused(folder, "embedded config")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -83,6 +84,8 @@ class TestSampling:
             {"top_p": 0.0},
             {"top_p": 1.1},
             {"top_p": math.nan},
+            {"temperature": 10**400},
+            {"repetition_penalty": 10**400},
             {"repetition_penalty": 0.0},
             {"repetition_penalty": -1.0},
             {"stop": ((),)},
@@ -123,6 +126,8 @@ class TestSampling:
             ({"top_p": 1.0}, [0.5, 0.25, 0.15, 0.1]),
             ({"top_k": 3, "top_p": 0.6}, [2 / 3, 1 / 3, 0, 0]),
             ({"top_p": 1e-9}, [1, 0, 0, 0]),
+            ({"top_p": 1e-300}, [1, 0, 0, 0]),
+            ({"top_k": 3, "top_p": 1e-300}, [1, 0, 0, 0]),
         ],
     )
     def test_shares_of_a_fine_grid_of_draws(self, options: dict[str, Any], expected: list[float]) -> None:
@@ -502,3 +507,15 @@ class TestRefusals:
     def test_stops_outside_the_vocabulary(self, model: SynapseModel, prompt: Tensor) -> None:
         with pytest.raises(ConfigError, match=f"stop: expected token ids below {VOCABULARY}"):
             stream(model, prompt, sampling=greedy(3, stop=((1,), (2, VOCABULARY))))
+
+
+def test_threads_that_read_one_model_in_training_mode() -> None:
+    """The first that ends leaves the others in evaluation mode, without the router's noise."""
+    model = small_model(thalamus=ThalamusConfig(d_state=4, head_dim=8, noise=50.0)).train()
+    lengths, ids = [2, 30, 7, 30], tokens(1, 5)
+    alone = [generate(model, ids, sampling=Sampling(max_tokens=n, seed=1)).ids for n in lengths]
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        for _ in range(3):
+            drawn = pool.map(lambda n: generate(model, ids, sampling=Sampling(max_tokens=n, seed=1)).ids, lengths)
+            assert list(drawn) == alone
+    assert all(module.training for module in model.modules())

@@ -69,6 +69,18 @@ def test_experts_without_tokens_and_one_expert_twice(backend: str) -> None:
 
 
 @FORMS
+def test_what_is_not_visited_does_not_count(backend: str) -> None:
+    """Neither tokens that go nowhere nor experts that nobody visits, whatever they hold."""
+    tensors, indices = draw(dtype_of(backend)), route(0.1, experts=2)
+    indices[3] = -1
+    expected = run(backend, indices, tensors)
+    broken = {name: x.clone() for name, x in tensors.items()}
+    broken["x"][3] = broken["w_in"][2:] = broken["w_out"][2:] = torch.nan
+    result = run(backend, indices, broken)
+    assert_same({name: result[name] for name in ("y", "grad x")}, {name: expected[name] for name in ("y", "grad x")})
+
+
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_layouts(backend: str, dtype: torch.dtype) -> None:
     tensors, indices = draw(dtype_of(backend)), route()

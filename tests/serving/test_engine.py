@@ -14,7 +14,7 @@ from serving.batch import Batch
 from serving.engine import Engine
 from serving.requests import Done, GenerationRequest, PromptRead, Token
 from synapse_arch import ExpertsConfig, Sampling, SynapseModel, SynapseState, TraceSpec
-from synapse_arch.model.sampling import Found
+from synapse_arch.model.sampling import Found, draw_tokens
 from tests.helpers import assert_same
 from tests.model.small import VARIANTS, VOCABULARY, small_config, small_model, tokens
 from tests.serving.engines import (
@@ -145,6 +145,26 @@ class TestIsolation:
             first, broken, second = (outcome(ticket) for ticket in tickets)
         assert broken.failed is not None
         assert "logits: expected finite values" in str(broken.failed.error)
+        assert_same_bits(first, expected)
+        assert_same_bits(second, expected)
+
+    def test_a_draw_that_fails_fails_those_who_asked_for_it(
+        self, model: SynapseModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        request = ask([1, 2], max_tokens=9)
+        expected = one(model, request)
+
+        def fragile(scores: torch.Tensor, sampling: Sampling, at: torch.Tensor) -> torch.Tensor:
+            if sampling.top_k == 2:
+                raise RuntimeError("index out of range")
+            return draw_tokens(scores, sampling, at)
+
+        monkeypatch.setattr("serving.batch.draw_tokens", fragile)
+        with engine_of(model, slots=3) as engine:
+            tickets = [engine.submit(request), engine.submit(ask([3], top_k=2)), engine.submit(request)]
+            first, broken, second = (outcome(ticket) for ticket in tickets)
+        assert broken.failed is not None
+        assert "index out of range" in str(broken.failed.error)
         assert_same_bits(first, expected)
         assert_same_bits(second, expected)
 

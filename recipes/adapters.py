@@ -9,10 +9,12 @@ A saved adapter goes onto its model again, or into it:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 
 from synapse_arch import SynapseModel
@@ -21,7 +23,7 @@ from synapse_arch.modules import ExpertPool
 
 LEFT_ALONE = frozenset({"router", "head"})
 """Projections that are no targets unless named: which expert is right for a token, and what a token is."""
-ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -84,11 +86,22 @@ def load_lora(model: SynapseModel, folder: Path, *, trainable: bool = False) -> 
     """
     if not (folder / ADAPTER_FILE).exists():
         raise CheckpointError(explain(str(folder), "an adapter in peft's format", "none", "give its folder"))
+    peft, remedy = _peft(), "give the model that the adapter was trained on"
     try:
-        return _peft().PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        with warnings.catch_warnings():  # what is missing is an error here
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, OSError) as error:
-        remedy = "give the model that the adapter was trained on"
         raise CheckpointError(explain(str(folder), "an adapter of this model", error, remedy)) from error
+    if (file := folder / WEIGHTS_FILE).exists():  # peft warns of missing tensors at most, and of others not at all
+        with safe_open(file, framework="pt") as opened:
+            there = set(opened.keys())
+        wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        if there != wanted:
+            odd = sorted(there ^ wanted)
+            got = f"{len(wanted - there)} tensors missing and {len(there - wanted)} too many, {odd[0]} for one"
+            raise CheckpointError(explain(str(folder), "an adapter of this model", got, remedy))
+    return adapted
 
 
 def _peft() -> Any:

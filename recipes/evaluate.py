@@ -125,7 +125,7 @@ def read_text(options: Options, tokenizer: Tokenizer) -> tuple[str, Tensor]:
         for ids in tokenizer.read(group):
             parts += [torch.tensor([SEPARATOR]), ids.long()]
             count += len(ids) + 1
-    if count < 3:
+    if count < 2:  # a separator and what is predicted after it
         raise DataError(explain(str(options.data), "some text", "none", "give text with --data"))
     return name, torch.cat(parts)[: options.limit + 1]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from recipes import checkpoint
-from recipes._accelerate import Accelerator, PartialState, parse_flag_from_env, tqdm
+from recipes._accelerate import Accelerator, PartialState, launched_precision, parse_flag_from_env, tqdm
 from recipes.adapters import add_lora, load_lora
 from recipes.checkpoint import Progress
 from recipes.finetuning import Command, FinetuneConfig, parse, resumed
@@ -165,11 +165,15 @@ class Finetuner:
             for name, count in counts.items()
         }
 
-    @torch.no_grad()
     def compared(self, batch: Sequences) -> tuple[Likelihood, Likelihood]:
-        """What the model to compare with makes of both sides: the base, in evaluation mode."""
+        """What the model to compare with makes of both sides: the base, in evaluation mode.
+
+        None of its weights takes a gradient. Where gradients are on they stay on: without them some regions round
+        otherwise, and a model that has learned nothing would differ from its base.
+        """
         if self.reference is not None:
-            return _sides(self.reference(batch.ids, mask=batch.mask).logits, batch.targets)
+            with self.accelerator.autocast():
+                return _sides(self.reference(batch.ids, mask=batch.mask).logits, batch.targets)
         training = self.model.training
         with self.model.disable_adapter():
             sides = _sides(self.model.eval()(batch.ids, mask=batch.mask).logits, batch.targets)
@@ -235,9 +239,9 @@ def configure(command: Command) -> tuple[FinetuneConfig, Tokenizer, Pairs, Pairs
     fingerprint = None
     if command.resume:
         stored, fingerprint = checkpoint.read_run(command.out)
-        config = resumed(stored, command.given)
+        config = resumed({"mixed_precision": launched_precision() or "no", **stored}, command.given)
     else:
-        config = FinetuneConfig(**command.given)
+        config = FinetuneConfig(**{"mixed_precision": launched_precision() or "no", **command.given})
         if not command.overwrite:
             checkpoint.refuse_used(command.out)
     base = checkpoint.model_folder(Path(config.base), "--base")
@@ -267,7 +271,7 @@ def finetune(command: Command) -> bool:
     """Does what the command line asks for; False when the run was stopped before its end."""
     config, tokenizer, pairs, held_out = configure(command)
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
     if config.batch_size % accelerator.num_processes:
         expected = f"a multiple of {accelerator.num_processes} processes"
         raise ConfigError(explain("batch_size", expected, config.batch_size, "change --batch-size"))
@@ -293,7 +297,10 @@ def start(tuner: Finetuner, command: Command) -> None:
     values = dataclasses.asdict(config)
     checkpoint.open_run(tuner.out, values, tuner.pairs.fingerprint, tuner.tokenizer, step=progress.step)
     whole = sum(parameter.numel() for parameter in tuner.model.parameters())
-    print(f"data    {config.data}: {len(tuner.pairs.rows):,} examples, {tuner.steps:,} steps of {config.batch_size}")
+    print(
+        f"data    {config.data}: {len(tuner.pairs.rows):,} examples, {tuner.steps:,} steps of {config.batch_size}, "
+        f"mixed precision {config.mixed_precision}"
+    )
     print(f"model   {config.base}: {tuner.trainable:,} of {whole:,} parameters learn ({config.method}, {config.task})")
     if progress.step:
         print(f"resumed at step {progress.step:,}")

@@ -55,6 +55,7 @@ class FinetuneConfig:
         clip: the gradient's largest norm.
         seed: of the order, the adapters and the router's noise.
         save_steps: steps between two checkpoints.
+        mixed_precision: "no" or "bf16".
     """
 
     base: str
@@ -78,9 +79,11 @@ class FinetuneConfig:
     clip: float = 1.0
     seed: int = 0
     save_steps: int = 500
+    mixed_precision: str = "no"
 
     def __post_init__(self) -> None:
-        for name, known in (("task", TASKS), ("method", METHODS), ("schedule", tuple(SHAPES))):
+        precisions = ("mixed_precision", ("no", "bf16"))
+        for name, known in (("task", TASKS), ("method", METHODS), ("schedule", tuple(SHAPES)), precisions):
             if getattr(self, name) not in known:
                 raise ConfigError(explain(name, f"one of {', '.join(known)}", repr(getattr(self, name))))
         for name in ("rank", "batch_size", "length", "save_steps"):
@@ -153,6 +156,7 @@ HELP = {
     "clip": "largest norm of the gradient",
     "seed": "of order, adapters and noise",
     "save_steps": "steps between checkpoints",
+    "mixed_precision": "no or bf16; unless given, the launcher's",
 }
 PATHS = frozenset({"base", "data", "held_out"})
 

@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 
 from recipes import checkpoint, curves, tokens
-from recipes._accelerate import Accelerator, PartialState, broadcast_object_list, parse_flag_from_env, tqdm
+from recipes._accelerate import (
+    Accelerator,
+    PartialState,
+    broadcast_object_list,
+    launched_precision,
+    parse_flag_from_env,
+    tqdm,
+)
 from recipes.command import Command, parse, resumed, settings
 from recipes.compiling import eagerly
 from recipes.config import AUTO, RunConfig, show_config
@@ -38,9 +45,10 @@ GO_ON = "accelerate launch recipes/train.py"
 
 
 def precision(choice: str, state: PartialState) -> str:
-    """What `mixed_precision` comes to: with "auto", a matrix product measured on the main process's device decides."""
-    if choice != "auto":
-        return choice
+    """What `mixed_precision` comes to: with "auto", the launcher's bf16, or a matrix product measured here decides."""
+    asked = launched_precision()
+    if choice != "auto" or asked is not None:
+        return choice if choice != "auto" else str(asked)
     result = [""]
     if state.is_main_process:
         result = ["bf16" if speedup_bf16(state.device) >= 1.5 else "no"]
@@ -169,7 +177,7 @@ def train(command: Command) -> bool:
     """Does what the command line asks for; False when the run was stopped before its end."""
     config, tokenizer = configure(command)
     if command.print_config:
-        if config.preset == AUTO:
+        if config.preset == AUTO and not command.resume:
             remedy = "start the run: the size is in its run.json"
             raise ConfigError(explain("--print-config", "a preset of a known size", AUTO, remedy))
         print(show_config(config, config.model_config(tokenizer.vocab_size)))

@@ -222,11 +222,12 @@ class Trainer:
         reduce = self.reduced if self.world > 1 else None
         for number, (part, state) in enumerate(zip(parts, states, strict=True), start=1):
             last = number == len(parts)  # processes exchange gradients once a step
+            documents = part.segment_ids
+            if documents is None and self.config.compile:  # one graph for windows with borders and without
+                documents = torch.zeros_like(part.ids)
             with self.exchange(last):
                 with self.accelerator.autocast():
-                    out = self.wrapped(
-                        part.ids, state, targets=part.targets, segment_ids=part.segment_ids, reduce_load=reduce
-                    )
+                    out = self.wrapped(part.ids, state, targets=part.targets, segment_ids=documents, reduce_load=reduce)
                 self.accelerator.backward(out.loss / len(parts))
             losses = {name: out.losses[name].detach() for name in sorted(out.losses)}
             outs.append(Part(losses, out.expert_load, out.state.detach()))

@@ -348,7 +348,7 @@ class SynapseModel(nn.Module):
             sizes = {"B": ids.shape[0], "T": ids.shape[1]}
             check_shape("targets", targets, "B T", sizes, remedy="shift ids by one token")
             self._check_ids("targets", targets.masked_fill(targets == IGNORED, 0))
-        if not 0 <= logits_to_keep <= ids.shape[1]:
+        if isinstance(logits_to_keep, Tensor) or not 0 <= logits_to_keep <= ids.shape[1]:
             raise ShapeError(explain("logits_to_keep", f"0 to T={ids.shape[1]}", logits_to_keep))
         check_packing(options["segment_ids"], options["mask"], {"B": ids.shape[0], "T": ids.shape[1]})
         trace: TraceSpec | None = options["trace"]

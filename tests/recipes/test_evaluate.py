@@ -99,6 +99,14 @@ def test_what_cannot_work_is_said(
     assert message in shown
 
 
+def test_a_text_of_one_byte_has_one_prediction(tmp_path: Path) -> None:
+    bytes_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_bytes(b"a")
+    given = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--all"]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))["text"]["bytes"] == 1
+
+
 TASK = """task: colours
 dataset_path: json
 dataset_kwargs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -111,6 +112,14 @@ def test_names_that_fit_nothing_are_refused(tmp_path: Path) -> None:
         load_lora(small_model(), tmp_path)
 
 
+@pytest.mark.parametrize("other", [{"n_layers": 1}, {"n_layers": 3}, {"memory": None}], ids=str)
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    """Of whatever fits by its shapes peft says nothing."""
+    add_lora(small_model(), rank=2, alpha=4).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"an adapter of this model, got \d+ tensors missing and \d+ too many"):
+        load_lora(SynapseModel(dataclasses.replace(small_config(), **other)), tmp_path)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
@@ -188,6 +197,33 @@ def test_a_run_that_was_cut_in_two_ends_with_the_same_bits(
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert len(log(tmp_path / "parts")) == 6
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_in_bf16_too_a_policy_starts_as_its_reference(tmp_path: Path, files: Path, method: str) -> None:
+    pair = {"prompt": "say ", "chosen": "ab" * 40, "rejected": "ba" * 30}
+    (tmp_path / "long.jsonl").write_text("\n".join([json.dumps(pair)] * 4), encoding="utf-8")
+    more = ["--data", str(tmp_path / "long.jsonl"), "--mixed-precision", "bf16", "--method", method, "--epochs", "1"]
+    assert main(arguments(files, tmp_path / "out", "dpo", *more)) == 0
+    assert log(tmp_path / "out")[0]["margin"] == 0.0
+
+
+def test_a_run_goes_on_in_its_own_precision(
+    tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher's where none was given; another one on resuming is refused, and the launcher's does not count."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main(arguments(files, tmp_path, "sft", "--epochs", "1")) == 0
+    assert "mixed precision bf16" in capsys.readouterr().out
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert main(["--out", str(tmp_path), "--resume", "--epochs", "2"]) == 0
+    assert "mixed precision bf16" in capsys.readouterr().out
+    assert main(["--out", str(tmp_path), "--resume", "--mixed-precision", "no"]) == 2
+    assert "--mixed-precision with --resume: expected bf16" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert main(arguments(files, tmp_path / "other", "sft")) == 2
+    assert "accelerate launch --mixed_precision: expected no or bf16, got fp16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ def test_a_size_is_chosen_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFi
     stored = json.loads((out / "run.json").read_text(encoding="utf-8"))["config"]
     assert stored["preset"] == "auto"
     assert main(["--out", str(out), "--cache", str(tmp_path / "cache"), "--resume", "--steps", "3"]) == 0
+    assert main(["--out", str(out), "--resume", "--print-config"]) == 0
+    assert f'"d_model": {chosen.config.d_model}' in capsys.readouterr().out
 
 
 def test_the_settings_of_a_size_not_chosen_yet_cannot_be_shown(capsys: pytest.CaptureFixture[str]) -> None:

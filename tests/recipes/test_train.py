@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from recipes import checkpoint, trainer
+from recipes._accelerate import PartialState
 from recipes.data import Batch, Windows
-from recipes.train import main, speedup_bf16
+from recipes.train import main, precision, speedup_bf16
 from synapse_arch import SynapseModel
 from synapse_arch.errors import CheckpointError
 from tests.recipes.running import ROOT, losses, same, weights
@@ -295,6 +296,34 @@ def test_a_trainer_state_of_another_step_is_refused(tmp_path: Path, arguments: l
 
 def test_precision_is_measured() -> None:
     assert speedup_bf16(torch.device("cpu")) > 0
+
+
+@pytest.mark.parametrize(
+    ("choice", "launched", "expected"), [("auto", "bf16", "bf16"), ("no", "bf16", "no"), ("bf16", "no", "bf16")]
+)
+def test_auto_is_what_the_launcher_asked_for(
+    monkeypatch: pytest.MonkeyPatch, choice: str, launched: str, expected: str
+) -> None:
+    monkeypatch.setattr("recipes.train.speedup_bf16", lambda device: 1.0)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert precision(choice, PartialState(cpu=True)) == expected
+
+
+def test_windows_with_borders_and_without_are_one_graph(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer is compiled anew for a call whose arguments are of another kind."""
+    kinds = []
+
+    def compiled(model: SynapseModel) -> None:
+        model.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: kinds.append(kwargs["segment_ids"] is None) if model.training else None,
+            with_kwargs=True,
+        )
+
+    monkeypatch.setattr("recipes.trainer.compile_layers", compiled)
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "6", "--batch-size", "1", "--compile"]) == 0
+    assert kinds == [False] * 6
 
 
 def test_what_a_killed_run_left_half_written_is_ignored_and_swept(tmp_path: Path, arguments: list[str]) -> None:

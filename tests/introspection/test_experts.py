@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.introspection import LayerTrace, TraceSpec
-from synapse_arch.introspection.analysis import expert_statistics, specialisation
+from synapse_arch.introspection.analysis import MIN_COUNT, expert_statistics, specialisation
 from synapse_arch.introspection.probes import expert_trace, routing_trace, synapse_trace
 
 N, D, HIDDEN, E = 23, 8, 4, 5
@@ -143,3 +143,11 @@ def test_token_history_positions_skip_padding() -> None:
     assert trace.tokens.tolist() == [[-1, 2, 4], [5, -1, 9]]
     assert trace.positions.tolist() == [0, 2, 4]
     assert trace.dropped == 2
+
+
+@pytest.mark.parametrize(("counts", "wanted"), [((3, 2), [7]), ((3, 5), [8, 7])])
+def test_top_tokens_are_frequent_enough_and_the_more_frequent_first(counts: tuple[int, int], wanted: list[int]) -> None:
+    assert MIN_COUNT == 3
+    ids = torch.tensor([[7] * counts[0] + [8] * counts[1]])
+    rows = statistics(ids, torch.zeros(*ids.shape, 1, dtype=torch.long), 2)
+    assert [top.id for top in rows[0]["top_tokens"]] == wanted

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from synapse_arch.errors import ConfigError
 from synapse_arch.introspection import LayerTrace, SynapseTrace, TraceSpec, join_traces
+from synapse_arch.introspection.analysis import _pair_mean
 from synapse_arch.introspection.probes import (
     expert_trace,
     gate_trace,
@@ -254,3 +255,8 @@ def test_bar() -> None:
     assert bar(float("nan"), 1, 4) == "    "
     assert bar(0.25, 1, 4, mark=0.5) == "█ │ "
     assert bar(1, 1, 4, mark=0.5) == "██┃█"
+
+
+def test_what_fires_together_is_averaged_over_valid_tokens_only() -> None:
+    a, b, valid = torch.rand(1, 3, 2), torch.rand(1, 3, 2), torch.tensor([[True, True, False]])
+    torch.testing.assert_close(_pair_mean(a, b, valid), _pair_mean(a[:, :2], b[:, :2], valid[:, :2]))

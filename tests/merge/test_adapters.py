@@ -189,3 +189,11 @@ def test_an_adapter_without_a_base_is_refused(tmp_path: Path) -> None:
     _, path, _ = adapted(Zoo(), tmp_path, r=2, target_modules=["wide"])
     with pytest.raises(Exception, match="the checkpoint that the adapters are for"):
         open_inputs(Recipe(models=(str(path),), method="linear"))
+
+
+def test_a_base_layer_that_was_saved_with_the_adapter_counts(tmp_path: Path) -> None:
+    """As peft does where a vocabulary was resized."""
+    base, path, merged = adapted(Zoo(), tmp_path, r=2, target_modules=["embed"])
+    file, moved = path / "adapter_model.safetensors", base.tensor("embed.weight") + 1
+    save_file(load_file(file) | {"base_model.model.embed.base_layer.weight": moved}, file)
+    assert_close(Adapter(path, base).tensor("embed.weight"), merged["embed.weight"] + 1, "embed")

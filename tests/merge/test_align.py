@@ -264,3 +264,10 @@ def test_folders_with_other_numbers_of_experts_are_refused_with_the_remedy(
     words = ["--base", "four", "--models", "three", "four", "--out", "out", "--quiet", "--align-experts"]
     assert main(words) == 2
     assert "merge.upcycle" in capsys.readouterr().err
+
+
+def test_answers_do_not_depend_on_the_window() -> None:
+    model, other, ids = small_model().double(), small_model().double(), tokens(2, 30)
+    parts, whole = (by_activations(model, other, ids, window=window) for window in (8, 30))
+    for name in whole:
+        assert_close(parts[name], whole[name], name)

@@ -22,6 +22,7 @@ from merge import run, writer
 from merge.cli import main
 from merge.io import Checkpoint
 from synapse_arch import SynapseModel
+from synapse_arch.errors import CheckpointError
 from tests.merge.folders import assert_same_tensors, left_over, merging, weights
 from tests.model.small import small_model
 
@@ -240,3 +241,21 @@ def test_killed_in_the_middle() -> None:
     assert [name.startswith(".synapse-merge-out-") for name in left_over()] == [True]
     assert merging() == 0
     assert left_over() == ["out"]
+
+
+def test_what_was_there_comes_back_where_the_result_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "out", os.rename
+    out.mkdir()
+    (out / "old").touch()
+
+    def broken(source: str, target: str) -> None:
+        if Path(target) == out and ".older" not in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", broken)
+    with pytest.raises(CheckpointError), writer.whole_folder(out):
+        pass
+    assert (out / "old").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import warnings
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from merge import writer
 from merge.__main__ import main as package_main
 from merge.cli import main
 from merge.io import Checkpoint
@@ -295,3 +297,24 @@ def test_a_plan_names_every_tensor_once_wide_dtypes_first() -> None:
     assert sorted(step.name for step in steps) == sorted(weights("base"))
     sizes = [step.dtype.itemsize for step in steps]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_write_that_takes_a_part_is_gone_on_with() -> None:
+    """Linux takes at most 2 GiB a call."""
+
+    class Short(bytearray):
+        def write(self, data: bytes) -> int:
+            self += bytes(data[:5])
+            return min(5, len(data))
+
+    file = Short()
+    writer._write(file, torch.arange(4.0))  # type: ignore[arg-type]
+    assert bytes(file) == torch.arange(4.0).numpy().tobytes()
+
+
+def test_weights_are_on_the_disk_when_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    entry = writer.Entry("a", torch.float32, (2,), 8)
+    writer.write_weights(tmp_path, [entry], iter([("a", torch.zeros(2))]), {}, max_shard_bytes=100)
+    assert synced == [str(tmp_path / "model.safetensors")]

@@ -14,7 +14,7 @@ from merge.candidates import grid
 from merge.cli import main as merging
 from merge.recipe import Recipe
 from merge.run import merge
-from merge.search import Search, main, read_text
+from merge.search import Search, main, open_search, read_text
 from recipes.data import ByteTokenizer
 from recipes.evaluation import held_out_bits
 from recipes.tokenizer import train_bpe
@@ -237,3 +237,11 @@ def test_a_folder_is_one_stream_in_order(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("x" * 40, encoding="utf-8")
     assert bytes(read_text(tmp_path / "c.txt", ByteTokenizer()).tolist()) == b"\0" + b"x" * 40
     assert read_text(tmp_path / "c.txt", ByteTokenizer()).dtype == torch.uint8
+
+
+@pytest.mark.usefixtures("models")
+def test_overrides_that_match_the_same_tensors_all_count() -> None:
+    more = 'overrides: [{pattern: "*", weights: [1, 3]}, {pattern: "*.experts.*", density: 0.5}]'
+    Path("r.yaml").write_text(f"base: base\nmodels: [a, b]\n{more}\n", encoding="utf-8")
+    search = open_search(Recipe.load("r.yaml"), [Path("one.txt")], Path("out"))
+    assert len(search.merging({"method": "linear", "lambda": 1.0}).overrides) == 2

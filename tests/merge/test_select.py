@@ -72,3 +72,9 @@ def test_a_good_sample_needs_one_pass() -> None:
 
 def test_everything_kept_cuts_nothing() -> None:
     assert cut(lambda: in_blocks(torch.ones(5)), 5, 5, torch.ones(5)) == NOTHING_CUT
+
+
+def test_a_guess_that_has_exactly_as_many_above_it() -> None:
+    numbers = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    found = cut(lambda: iter([numbers.clone()]), 4, 2, torch.full((10,), 2.5), draws=10**9)
+    assert (int((numbers > found.value).sum()), found.equals) == (2, 0)

@@ -185,3 +185,8 @@ def test_wrong_tensors() -> None:
         ties(torch.zeros(3), [torch.ones(3), torch.ones(4)])
     with pytest.raises(ShapeError, match="floating"):
         ties(torch.zeros(3, dtype=torch.int64), [torch.ones(3)])
+
+
+def test_of_equal_numbers_in_several_blocks_as_many_are_kept_as_asked_for() -> None:
+    n = 2 * vectors.BLOCK
+    assert int(ties(torch.zeros(n), [torch.ones(n)], density=0.25).count_nonzero()) == n // 4

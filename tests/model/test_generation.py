@@ -519,3 +519,15 @@ def test_threads_that_read_one_model_in_training_mode() -> None:
             drawn = pool.map(lambda n: generate(model, ids, sampling=Sampling(max_tokens=n, seed=1)).ids, lengths)
             assert list(drawn) == alone
     assert all(module.training for module in model.modules())
+
+
+def test_a_row_that_has_ended_does_not_break_the_others() -> None:
+    torch.manual_seed(0)
+    model, ids = small_model(), tokens(2, 4)
+    first, second = generate(model, ids, sampling=Sampling(temperature=0, max_tokens=4)).ids
+    assert first[0] not in second
+    assert first[0] not in ids
+    with torch.no_grad():
+        model.embedding.weight[first[0]] = torch.nan
+    stopped = Sampling(temperature=0, max_tokens=4, stop=((first[0],),))
+    assert generate(model, ids, sampling=stopped).ids == [[], second]

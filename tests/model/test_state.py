@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import resource
 from collections.abc import Callable
@@ -375,3 +376,12 @@ def test_map_and_names_agree_on_nested_tuples() -> None:
     assert_same(dict(named_tensors(doubled, "x")), {"x.0": 2 * torch.ones(2), "x.1.1": torch.zeros(1)})
     with pytest.raises(StateError, match="nested tuples of tensors, got list"):
         map_tensors(torch.neg, [torch.ones(1)])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_a_state_and_its_name_are_on_the_disk_when_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    small_model()(tokens(1, 3)).state.detach().save(tmp_path / "s")
+    assert ".aside" in synced[0]
+    assert synced[1:] == [str(tmp_path)]

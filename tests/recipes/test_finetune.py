@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from safetensors.torch import load_file
 from recipes import checkpoint, curves
 from recipes.adapters import add_lora, expert_names, linear_names, load_lora
 from recipes.checkpoint import model_folder
-from recipes.finetune import main
+from recipes.finetune import Finetuner, main
 from recipes.finetuning import FinetuneConfig, resumed
+from recipes.pairs import Encoded, collate
 from synapse_arch import ExpertsConfig, SynapseConfig, SynapseModel, ThalamusConfig
 from synapse_arch.errors import CheckpointError, ConfigError
 from tests.helpers import assert_close
@@ -354,3 +356,13 @@ def test_two_processes_reproduce_one(tmp_path: Path, files: Path, task: str, met
                 assert two[name] == pytest.approx(one[name], rel=1e-6), (one["step"], name)
     assert len(log(tmp_path / "two")) == 4
     assert main(["--out", str(tmp_path / "two"), "--resume"]) == 0
+
+
+def test_what_dpo_compares_with_has_no_noise_and_the_policy_keeps_its_mode() -> None:
+    noisy = ThalamusConfig(d_state=4, head_dim=8, top_k=2, noise=10.0)
+    model = add_lora(small_model(thalamus=noisy), rank=2, alpha=2.0).train()
+    batch = collate([Encoded([0, 5, 6], ([7, 8, 0], [9, 0]))])
+    held: Any = SimpleNamespace(model=model, reference=None)
+    one, other = (Finetuner.compared(held, batch) for _ in range(2))
+    assert torch.equal(one[0].total, other[0].total)
+    assert model.training

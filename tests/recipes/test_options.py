@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +22,13 @@ import torch
 from recipes import checkpoint, tokenizer, trainer
 from recipes.data import load_corpus
 from recipes.evaluation import Bits
+from recipes.optim import adamw
 from recipes.train import main
+from recipes.windows import Batch
 from synapse_arch import SynapseModel, SynapseState
 from synapse_arch.errors import CheckpointError
+from synapse_arch.model import _files
+from tests.model.small import read_state, small_model
 from tests.recipes.running import ROOT, losses, same, weights
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -292,3 +298,41 @@ def test_torch_is_seeded_by_the_step_alone(tmp_path: Path, arguments: list[str])
     torch.manual_seed(99)
     assert main([*noisy, "--recompute", "--out", str(tmp_path / "b")]) == 0
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def carrying(*, begins: bool) -> Any:
+    """What `Trainer.states` asks of a trainer that carries a state on, at the begin of an epoch or not."""
+    model = small_model()
+    return SimpleNamespace(
+        config=SimpleNamespace(accumulate=1),
+        state=read_state(model, 2),
+        model=model,
+        windows=SimpleNamespace(begins=lambda step: begins),
+        progress=SimpleNamespace(step=1),
+    )
+
+
+def test_nothing_is_carried_into_another_document() -> None:
+    found, ids = carrying(begins=False), torch.tensor([[0, 5], [5, 0]])  # the first row begins with a separator
+    (state,) = trainer.Trainer.states(found, Batch(ids, ids, None))
+    assert state is not None
+    assert state.position.tolist() == [0, int(found.state.position[1])]
+
+
+def test_nothing_is_carried_into_another_epoch() -> None:
+    ids = torch.tensor([[5, 5], [5, 5]])
+    assert trainer.Trainer.states(carrying(begins=True), Batch(ids, ids, None)) == [None]
+
+
+def test_a_checkpoint_s_name_is_on_the_disk_before_older_ones_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model()
+    optimizer = adamw(model, weight_decay=0.1, betas=(0.9, 0.95))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    synced: list[Path] = []
+    monkeypatch.setattr(_files, "sync_directory", synced.append)
+    checkpoint.save(tmp_path, model, optimizer, checkpoint.Progress(step=1))
+    assert synced[-1] == tmp_path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,3 +135,24 @@ def test_a_survey_keeps_nothing_but_counts(text: Path) -> None:
     found = survey(open_source(text))
     assert sum(found.documents) == 60
     assert found.fingerprint == load_corpus(text).fingerprint
+
+
+def test_tokens_of_another_length_than_was_written_are_refused(text: Path, tmp_path: Path) -> None:
+    folder = prepare(open_source(text), ByteTokenizer(), tmp_path / "cache")
+    with (folder / "train.bin").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match="folder of tokens"):
+        load(folder, "text")
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(*given: Any) -> Any:
+        found = survey(*given)
+        (text / "1.txt").write_text("another", encoding="utf-8")
+        return found
+
+    monkeypatch.setattr(tokens, "survey", changed)
+    with pytest.raises(DataError, match="text that stays as it is"):
+        prepare(open_source(text), ByteTokenizer(), tmp_path / "cache")

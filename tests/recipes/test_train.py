@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +117,7 @@ def test_a_budget_of_minutes_ends_on_time_with_the_learning_rate_down(
 
 
 def test_looks_at_held_out_text_and_checkpoints_change_nothing(tmp_path: Path, arguments: list[str]) -> None:
+    arguments = [*arguments, "--set", "thalamus.noise=0.3"]  # in training mode only
     often = ["--eval-minutes", "1e-9", "--save-minutes", "1e-9"]
     assert main([*arguments, "--out", str(tmp_path / "a"), "--steps", "10", *often]) == 0
     assert main([*arguments, "--out", str(tmp_path / "b"), "--steps", "10"]) == 0
@@ -141,7 +145,7 @@ def test_two_processes_reproduce_one(tmp_path: Path, arguments: list[str]) -> No
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
-def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
+def poison(steps: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the gradient of these steps infinite."""
     original = trainer.Trainer.step
 
@@ -336,3 +340,55 @@ def test_what_a_killed_run_left_half_written_is_ignored_and_swept(tmp_path: Path
     assert checkpoint.latest(tmp_path).name == "step-00000010"
     assert not list(tmp_path.glob(".step-*"))
     assert len(losses(tmp_path)) == 1
+
+
+def test_steps_lost_here_and_there_do_not_end_a_run(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison([*range(3, 9), *range(10, 16)], monkeypatch)
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "20"]) == 0
+
+
+def test_what_a_lost_step_read_is_not_carried_on(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh: list[bool] = []
+    gradients, states = trainer.Trainer.gradients, trainer.Trainer.states
+
+    def broken(self: trainer.Trainer, batch: Batch) -> list[trainer.Part]:
+        parts = gradients(self, batch)
+        if self.progress.step != 3:
+            return parts
+        return [part._replace(losses={name: loss * math.nan for name, loss in part.losses.items()}) for part in parts]
+
+    def seen(self: trainer.Trainer, batch: Batch) -> object:
+        fresh.append(self.state is None)
+        return states(self, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "gradients", broken)
+    monkeypatch.setattr(trainer.Trainer, "states", seen)
+    assert main([*arguments, "--carry", "--out", str(tmp_path), "--steps", "6"]) == 0
+    assert fresh == [True, False, False, False, True, False]
+
+
+def test_the_time_of_what_is_resumed_counts(tmp_path: Path, arguments: list[str]) -> None:
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "3"]) == 0
+    file = checkpoint.latest(tmp_path) / "trainer.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"seconds": 1000.0}), encoding="utf-8")
+    assert main(["--out", str(tmp_path), "--resume", "--steps", "5", "--sample-tokens", "0"]) == 0
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["seconds"] > 1000
+
+
+def test_a_run_that_goes_on_has_no_result_yet(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "3"]) == 0
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: False)
+    assert main(["--out", str(tmp_path), "--resume", "--steps", "9"]) == 0
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_disk_must_hold_weights_and_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=23_000_000))
+    with pytest.raises(CheckpointError, match=r"24\.0 MB free"):
+        checkpoint.prepare_folder(tmp_path, parameters=10**6, keep=1, clear=True)

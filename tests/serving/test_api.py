@@ -347,7 +347,7 @@ class TestRefusals:
 
 class TestCrowds:
     def test_a_full_queue_says_when_to_come_back(self) -> None:
-        app = make_app(cycle_model("abc"), slots=1, queue=1, max_output_tokens=20_000)
+        app = make_app(cycle_model("abc"), slots=1, queue=2, max_output_tokens=20_000)
         with client_of(app) as client, listening(app) as address:
             body = {"prompt": "a", "max_tokens": 20_000, "temperature": 0, "stream": True}
             with httpx.stream("POST", f"{address}/v1/completions", json=body) as first:
@@ -357,11 +357,15 @@ class TestCrowds:
                 with httpx.stream("POST", f"{address}/v1/completions", json=body) as second:
                     waiting = second.iter_raw()
                     next(waiting)
-                    response = client.post("/v1/completions", json={"prompt": "x"})
-                    refused(response, 429, code="queue_full")
-                    assert int(response.headers["Retry-After"]) >= 1
-                    several = client.post("/v1/completions", json={"prompt": "x", "n": 2})
+                    several = client.post("/v1/completions", json={"prompt": "x", "n": 2, "max_tokens": 20_000})
                     refused(several, 429)
+                    wait_for(lambda: runtime(app).engine.stats.queued == 1)  # the one that had a place gave it back
+                    with httpx.stream("POST", f"{address}/v1/completions", json=body) as third:
+                        more = third.iter_raw()
+                        next(more)
+                        response = client.post("/v1/completions", json={"prompt": "x"})
+                        refused(response, 429, code="queue_full")
+                        assert int(response.headers["Retry-After"]) >= 1
             wait_for(lambda: runtime(app).engine.stats.busy == runtime(app).engine.stats.queued == 0)
             assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
 

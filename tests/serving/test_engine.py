@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from serving.batch import Batch
 from serving.engine import Engine
 from serving.requests import Done, GenerationRequest, PromptRead, Token
+from serving.rows import StepTrace
 from synapse_arch import ExpertsConfig, Sampling, SynapseModel, SynapseState, TraceSpec
 from synapse_arch.model.sampling import Found, draw_tokens
 from tests.helpers import assert_same
@@ -303,3 +305,26 @@ def test_places_that_differ_are_found_out(
     monkeypatch.setattr(SynapseModel, "forward", uneven)
     assert not Batch(model, 2).exact
     assert "only up to rounding" in caplog.text
+
+
+def test_a_stride_may_start_later(model: SynapseModel) -> None:
+    with engine_of(model, slots=2) as engine:
+        events = list(engine.submit(ask(max_tokens=6, trace=TraceSpec(every=3, start=1))).wait(PATIENCE))
+    assert [event.trace is not None for event in events if isinstance(event, Token)] == [False, False, True] * 2
+
+
+def test_a_step_s_trace_is_made_once_for_all_who_read_it() -> None:
+    made: list[int] = []
+
+    def make() -> object:
+        time.sleep(0.05)
+        made.append(1)
+        return object()
+
+    step = StepTrace(make)  # type: ignore[arg-type]
+    threads = [threading.Thread(target=step.get) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [1]

@@ -53,6 +53,8 @@ class TestCancelling:
             assert done is not None
             assert (done.finish, done.state, done.output_tokens) == ("cancelled", None, 0)
             assert engine.stats.busy == 0
+            outcome(engine.submit(ask(max_tokens=400)))
+            assert engine.stats.prompt_tokens == 3  # of the second alone: nobody reads the first to its end
 
     def test_mid_stream_the_slot_is_free_within_a_step(self, model: SynapseModel) -> None:
         with engine_of(model, slots=1) as engine:
@@ -330,3 +332,40 @@ def test_figures(model: SynapseModel) -> None:
         assert stats.tokens_per_second > 0
         assert 0 < stats.step_seconds < 1
         assert stats.to_dict()["finished"] == {"length": 1}
+
+
+def test_a_job_that_was_not_done_when_the_engine_stopped_says_so(
+    model: SynapseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, free = threading.Event(), threading.Event()
+    with engine_of(model, slots=1) as engine:
+        choose = engine._batch.choose
+
+        def slow() -> object:
+            held.set()
+            free.wait(PATIENCE)
+            return choose()
+
+        monkeypatch.setattr(engine._batch, "choose", slow)
+        engine.submit(ask(max_tokens=9))
+        assert held.wait(PATIENCE)
+        job = engine.run(lambda model: None)
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        until(lambda: engine.stats.draining)
+        free.set()
+        assert isinstance(job.exception(PATIENCE), Draining)
+        closing.join(PATIENCE)
+
+
+def test_a_second_close_gives_no_more_time(model: SynapseModel) -> None:
+    with engine_of(model, slots=1, buffer=100_000) as engine:
+        engine.submit(ask(max_tokens=100_000))
+        until(lambda: engine.stats.busy == 1)
+        first = threading.Thread(target=engine.close, kwargs={"drain": 0.3})
+        first.start()
+        until(lambda: engine.stats.draining)
+        began = time.monotonic()
+        engine.close(drain=30.0)
+        assert time.monotonic() - began < 15
+        first.join(PATIENCE)

@@ -180,6 +180,8 @@ class TestBodies:
     def test_too_large(self, client: TestClient) -> None:
         body = json.dumps({"prompt": "x" * 2**20}).encode()
         refused(client.post("/v1/completions", content=body, headers=JSON), 413, code="body_too_large")
+        announced = JSON | {"Content-Length": str(10**9)}  # refused before it is read
+        refused(client.post("/v1/completions", content=b"{}", headers=announced), 413, code="body_too_large")
 
         def pieces() -> Iterator[bytes]:  # without a length that would give it away
             yield from (body[at : at + 2**16] for at in range(0, len(body), 2**16))
@@ -267,3 +269,7 @@ def test_status() -> None:
     assert found["engine"]["slots"] == 3
     assert found["sessions"]["store"] == "memory"
     assert found["draining"] is False
+
+
+def test_no_answer_is_taken_for_another_kind(client: TestClient) -> None:
+    assert client.get("/v1/models").headers["X-Content-Type-Options"] == "nosniff"

@@ -223,7 +223,7 @@ class TestLives:
         broken.layers[0].memory.weights[0, 0] = torch.nan
         for data in (
             b"", good[:-1], good[:100], b"\xff" * 8 + good[8:], b"PK\x03\x04" + good, foreign, rows, negative,
-            broken.to_bytes(),
+            broken.to_bytes(), SynapseState(state.layers, torch.tensor([2**53 + 1])).to_bytes(),
             (2**62).to_bytes(8, "little") + good[8:], good[:8] + b"{" * 50 + good[58:],
         ):  # fmt: skip
             refused(client.post("/api/sessions/import", content=data, headers=BINARY), 400)

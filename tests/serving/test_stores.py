@@ -258,3 +258,21 @@ class TestOpening:
         with pytest.raises(StoreUnavailable, match="does not answer"):
             store.load("a", 1000.0)
         store.close()
+
+
+def test_a_store_in_a_file_goes_on_after_a_write_that_failed(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:{tmp_path / 's.db'}", LIMITS, key=None)
+    when = "CREATE TRIGGER t BEFORE INSERT ON sessions WHEN NEW.id = 'bad'"
+    store._connection.execute(f"{when} BEGIN SELECT RAISE(FAIL, 'x'); END")  # type: ignore[attr-defined]
+    with pytest.raises(StoreUnavailable):
+        store.save(entry("bad"))
+    assert store.save(entry("a"))
+
+
+def test_what_is_saved_counts_among_what_its_owner_holds(make: Callable[[Limits], Store]) -> None:
+    """Bob would hold most with it, so what he used longest ago goes, not Ann's."""
+    store = make(LIMITS)
+    store.save(entry("b", used=1000.0, size=300, owner="bob"))
+    store.save(entry("a", used=1001.0, size=400))
+    store.save(entry("b2", used=1002.0, size=310, owner="bob"))
+    assert [len(store.owned(owner, 1003.0)) for owner in ("ann", "bob")] == [1, 1]

@@ -247,3 +247,8 @@ class TestStops:
         matcher.push(ord("E"))
         assert matcher.push(0) == (1, 0)
         assert matcher.rest == b""
+
+
+def test_a_stop_string_that_ends_inside_a_long_token_is_found() -> None:
+    matcher = TextStopMatcher(["abc"], Codec([b"", b"ab", b"cdefg"], lambda text, _: []))
+    assert [matcher.push(token).matched for token in (1, 2)] == [0, 2]

@@ -293,7 +293,7 @@ def test_an_empty_field_is_left_to_the_server(page: Page) -> None:
         page.click("#generate")
     assert sent.value.post_data_json.keys() == {"prompt", "model", "trace", "stream", "stream_options"}
     done(page)
-    assert page.locator("#stream i[data-src=gen]").count() == 16
+    expect(page.locator("#stream i[data-src=gen]")).to_have_count(16)
 
 
 def test_removing_a_change_keeps_the_focus(page: Page) -> None:

@@ -43,6 +43,11 @@ def test_a_trace_of_a_layer_that_is_not_there_is_refused() -> None:
     [
         (lambda model: model(tokens(1, 3), targets=[[1, 2, 3]]), ShapeError, "targets: expected a tensor, got list"),
         (lambda model: model(tokens(1, 3), trace="gates"), ConfigError, "trace: expected a TraceSpec, got str"),
+        (
+            lambda model: model(tokens(1, 3), logits_to_keep=torch.tensor([1, 2])),
+            ShapeError,
+            "logits_to_keep: expected 0",
+        ),
         (lambda model: model.balance_router(None), ShapeError, "load: expected a tensor, got NoneType"),
         (lambda model: model.balance_router(torch.ones(1, 2)), ShapeError, r"load: expected \(L, E\)"),
         (lambda model: model.consolidate(None), StateError, "state: expected a SynapseState, got NoneType"),

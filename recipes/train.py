@@ -46,9 +46,10 @@ GO_ON = "accelerate launch recipes/train.py"
 
 def precision(choice: str, state: PartialState) -> str:
     """What `mixed_precision` comes to: with "auto", the launcher's bf16, or a matrix product measured here decides."""
-    asked = launched_precision()
-    if choice != "auto" or asked is not None:
-        return choice if choice != "auto" else str(asked)
+    if choice != "auto":
+        return choice
+    if (asked := launched_precision()) is not None:
+        return asked
     result = [""]
     if state.is_main_process:
         result = ["bf16" if speedup_bf16(state.device) >= 1.5 else "no"]

@@ -235,7 +235,7 @@ class TestPrivacy:
 
     def test_introspected_runs_count_too(self) -> None:
         with client_of(make_app()) as client:
-            client.post("/api/introspect", json={"prompt": "abc", "max_tokens": 3})
+            client.post("/api/introspect", json={"prompt": "abc", "max_tokens": 3, "sampling": {"seed": 1}})
             text = client.get("/metrics").text
         for line in (
             'synapse_tokens_total{kind="prompt"} 4.0', 'synapse_tokens_total{kind="output"} 3.0',

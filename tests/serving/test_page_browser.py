@@ -284,16 +284,18 @@ def test_the_form_knows_the_server_s_limit(page: Page) -> None:
     expect(page.locator("[name=max_tokens]")).to_have_attribute("max", "400")
 
 
-def test_an_empty_field_is_left_to_the_server(page: Page) -> None:
+def test_an_empty_field_is_left_to_the_server(page: Page, site: str) -> None:
     page.fill("#prompt", "nothing said")
     page.locator("#composer summary").click()
     for name in ("max_tokens", "temperature", "top_p", "seed"):
         page.fill(f"[name={name}]", "")
-    with page.expect_request("**/v1/completions") as sent:
+    with page.expect_request("**/events") as watched, page.expect_request("**/v1/completions") as sent:
         page.click("#generate")
     assert sent.value.post_data_json.keys() == {"prompt", "model", "trace", "stream", "stream_options"}
     done(page)
-    expect(page.locator("#stream i[data-src=gen]")).to_have_count(16)
+    request = trace_of(site, watched.value.url.split("/")[-2])["request"]
+    assert request["output_tokens"] == 16 or request["finish"] == "stop"  # nobody chose the seed
+    expect(page.locator("#stream i[data-src=gen]")).to_have_count(request["output_tokens"])
 
 
 def test_removing_a_change_keeps_the_focus(page: Page) -> None:

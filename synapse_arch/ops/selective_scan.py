@@ -7,7 +7,7 @@ B batch, T time, D channels, N state width, n chunks, c chunk.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ def selective_scan(
         state: (B, D, N) float32 or wider, or None for zeros; never modified.
         segment_ids: (B, T) ints; the state does not cross a change of id.
         mask: (B, T) bool; False positions neither write nor decay the state.
-        chunk_size: steps a chunk; all chunks step side by side ("chunked").
+        chunk_size: steps a chunk; chunks step side by side ("chunked").
         backend: "auto", "chunked" or "reference".
 
     Returns:
@@ -120,47 +120,76 @@ def _step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor)
 def _chunked(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, fresh: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor]:
-    """A two-level scan: all chunks step side by side, the chunk ends are carried one after another."""
+    """A two-level scan: chunks step side by side, their ends are carried one after another."""
     batch, length, channels = x.shape
     padding = -length % size
     x, dt, B, C = (F.pad(z, (0, 0, 0, padding)).unflatten(1, (-1, size)) for z in (x, dt, B, C))
-    restart = torch.zeros(1, dtype=torch.bool, device=x.device)
-    if fresh is not None:
-        restart = F.pad(fresh, (0, padding)).unflatten(1, (-1, size))
+    restart = None if fresh is None else F.pad(fresh, (0, padding)).unflatten(1, (-1, size))
     y, final, _ = _scan(x, dt, A, B, C, state, restart)
     return y.reshape(batch, -1, channels)[:, :length], final
+
+
+AT_ONCE = 1 << 16
+"""How many numbers of states step side by side on a CPU: as many as stay in its cache from one pass to the next."""
+
+
+class _Steps(NamedTuple):
+    """The arguments cut into chunks. Channels stand last in states too: a pass over them runs along channels."""
+
+    x: Tensor  # (B, n, c, D) dt u
+    dt: Tensor  # (B, n, c, D)
+    A: Tensor  # (N, D)
+    B: Tensor  # (B, n, c, N)
+    C: Tensor  # (B, n, c, N)
+    restart: Tensor | None  # (B, n, c) bool, where a segment begins
+
+    def at(self, chunks: slice) -> _Steps:
+        """Some of the chunks."""
+        x, dt, B, C = (y[:, chunks] for y in (self.x, self.dt, self.B, self.C))
+        return _Steps(x, dt, self.A, B, C, None if self.restart is None else self.restart[:, chunks])
+
+    def decay(self, c: int) -> Tensor:
+        """exp(dt A) at step c of every chunk, 0 where a segment begins: (B, n, N, D)."""
+        return self._decay(self.dt[:, :, c], None if self.restart is None else self.restart[:, :, c])
+
+    def through(self) -> Tensor:
+        """What every chunk leaves of the state that enters it: (B, n, N, D)."""
+        return self._decay(self.dt.sum(2), None if self.restart is None else self.restart.any(2))
+
+    def _decay(self, dt: Tensor, restart: Tensor | None) -> Tensor:
+        decay = (dt[:, :, None] * self.A).exp_()
+        return decay if restart is None else decay.masked_fill_(restart[..., None, None], 0.0)
+
+    def after(self, h: Tensor, c: int) -> Tensor:
+        """The states (B, n, N, D) behind step c of every chunk, by those in front of it."""
+        return (self.x[:, :, c, None] * self.B[:, :, c, :, None]).addcmul_(self.decay(c), h)
+
+
+def _side_by_side(z: _Steps) -> list[slice]:
+    """The chunks that step side by side: as many as a CPU's cache holds, elsewhere all."""
+    chunks = z.x.shape[1]
+    some = max(1, AT_ONCE // (len(z.x) * z.A.numel())) if z.x.device.type == "cpu" else chunks
+    return [slice(first, first + some) for first in range(0, chunks, some)]
 
 
 class _TwoLevelScan(torch.autograd.Function):
     """Forward keeps the state entering each chunk; backward runs each chunk again from it.
 
-    x, dt (B, n, c, D); B, C (B, n, c, N); restart (B, n, c) bool or a single False.
+    x, dt (B, n, c, D); A (D, N); B, C (B, n, c, N); state (B, D, N); restart (B, n, c) bool or None.
     Every exponent is dt A <= 0, so nothing overflows and nothing is divided out.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, restart: Tensor
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, restart: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        chunks, size = x.shape[1:3]
-        local = x.new_zeros(*x.shape[:2], *A.shape)  # (B, n, D, N): each chunk from zero
-        through = torch.ones_like(local)
-        for c in range(size):
-            decay = _decay(dt, A, restart, c)
-            local = torch.addcmul(_write(x, B, c), decay, local)
-            through *= decay
-        entering = torch.empty_like(local)
-        for n in range(chunks):
-            entering[:, n] = state
-            state = torch.addcmul(local[:, n], through[:, n], state)
-        y = torch.empty_like(x)
-        h = entering
-        for c in range(size):
-            h = torch.addcmul(_write(x, B, c), _decay(dt, A, restart, c), h)
-            y[:, :, c] = (h @ C[:, :, c, :, None]).squeeze(-1)
+        z = _Steps(x, dt, A.t().contiguous(), B, C, restart)
+        entering, y, h = x.new_empty(*x.shape[:2], *z.A.shape), torch.empty_like(x), state.transpose(1, 2)
+        for chunks in _side_by_side(z):
+            h = _scan_chunks(z.at(chunks), h, entering[:, chunks], y[:, chunks])
         ctx.save_for_backward(x, dt, A, B, C, entering, restart)
         ctx.mark_non_differentiable(entering)
-        return y, state, entering
+        return y, h.transpose(1, 2).contiguous(), entering
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -171,52 +200,74 @@ class _TwoLevelScan(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, entering, restart = ctx.saved_tensors
-        chunks, size = x.shape[1:3]
-        h, history = entering, [entering]
-        for c in range(size):
-            h = torch.addcmul(_write(x, B, c), _decay(dt, A, restart, c), h)
-            history.append(h)
-        # the gradient of each chunk's final state: local part from zero, then carried from the right
-        local, through = torch.zeros_like(entering), torch.ones_like(entering)
-        for c in reversed(range(size)):
-            decay = _decay(dt, A, restart, c)
-            local = decay * torch.addcmul(local, grad_y[:, :, c, :, None], C[:, :, c, None, :])
-            through *= decay
-        leaving = torch.empty_like(entering)
-        carried = grad_final
-        for n in reversed(range(chunks)):
-            leaving[:, n] = carried
-            carried = torch.addcmul(local[:, n], through[:, n], carried)
-        grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
-        grad_b, grad_c = torch.empty_like(B), torch.empty_like(C)
-        grad_a = torch.zeros_like(A)
-        grad = leaving
-        for c in reversed(range(size)):
-            grad = torch.addcmul(grad, grad_y[:, :, c, :, None], C[:, :, c, None, :])
-            grad_c[:, :, c] = (grad_y[:, :, c, None, :] @ history[c + 1]).squeeze(-2)
-            grad_x[:, :, c] = (grad @ B[:, :, c, :, None]).squeeze(-1)
-            grad_b[:, :, c] = (x[:, :, c, None, :] @ grad).squeeze(-2)
-            grad = grad * _decay(dt, A, restart, c)
-            exponent = grad * history[c]  # gradient of dt A
-            grad_dt[:, :, c] = (exponent * A).sum(-1)
-            grad_a += (exponent * dt[:, :, c, :, None]).sum((0, 1))
-        return grad_x, grad_dt, grad_a, grad_b, grad_c, carried, None
+        z = _Steps(x, dt, A.t().contiguous(), B, C, restart)
+        like = torch.empty_like
+        grads = _Steps(like(x), like(dt), torch.zeros_like(z.A), like(B), like(C), None)
+        carried = grad_final.transpose(1, 2)
+        for chunks in reversed(_side_by_side(z)):
+            carried = _scan_chunks_backward(
+                z.at(chunks), entering[:, chunks], grad_y[:, chunks], carried, grads.at(chunks)
+            )
+        return grads.x, grads.dt, grads.A.t(), grads.B, grads.C, carried.transpose(1, 2), None
 
 
-def _decay(dt: Tensor, A: Tensor, restart: Tensor, c: int) -> Tensor:
-    """exp(dt A) at step c of every chunk, 0 where a segment begins: (B, n, D, N)."""
-    decay = (dt[:, :, c, :, None] * A).exp_()
-    return decay.masked_fill_(restart[:, :, c, None, None], 0.0) if restart.dim() == 3 else decay
+def _scan_chunks(z: _Steps, state: Tensor, entering: Tensor, y: Tensor) -> Tensor:
+    """Fills in the states that enter the chunks (B, n, N, D), the first by `state` (B, N, D), and y (B, n, c, D).
+
+    Returns:
+        The state behind the last chunk (B, N, D).
+    """
+    steps = range(z.x.shape[2])
+    entering[:, 0] = state
+    if entering.shape[1] > 1:
+        earlier = z.at(slice(-1))
+        local = torch.zeros_like(entering[:, 1:])  # each chunk from zero
+        for c in steps:
+            local = earlier.after(local, c)
+        for n, through in enumerate(earlier.through().unbind(1)):
+            entering[:, n + 1] = torch.addcmul(local[:, n], through, entering[:, n])
+    h = entering
+    for c in steps:
+        h = z.after(h, c)
+        y[:, :, c] = (z.C[:, :, c, None] @ h).squeeze(2)
+    return h[:, -1]
 
 
-def _write(x: Tensor, B: Tensor, c: int) -> Tensor:
-    """What step c of every chunk adds to the state: (B, n, D, N)."""
-    return x[:, :, c, :, None] * B[:, :, c, None, :]
+def _scan_chunks_backward(z: _Steps, entering: Tensor, grad_y: Tensor, carried: Tensor, grads: _Steps) -> Tensor:
+    """Fills in `grads`, that of A adds up; `carried` (B, N, D) is the gradient of the state behind the last chunk.
+
+    Returns:
+        The gradient of the state that enters the first chunk (B, N, D).
+    """
+    steps = range(z.x.shape[2])
+    history = [entering]
+    for c in steps:
+        history.append(z.after(history[-1], c))
+    grad = torch.empty_like(entering)  # of the states behind the chunks, then step by step of those in front
+    grad[:, -1] = carried
+    if entering.shape[1] > 1:
+        later = z.at(slice(1, None))
+        local = torch.zeros_like(entering[:, 1:])
+        for c in reversed(steps):
+            local.addcmul_(later.C[:, :, c, :, None], grad_y[:, 1:, c, None]).mul_(later.decay(c))
+        for n, through in reversed(list(enumerate(later.through().unbind(1)))):
+            grad[:, n] = torch.addcmul(local[:, n], through, grad[:, n + 1])
+    rates = torch.zeros_like(grad)
+    for c in reversed(steps):
+        grad.addcmul_(z.C[:, :, c, :, None], grad_y[:, :, c, None])
+        grads.C[:, :, c] = (history.pop() @ grad_y[:, :, c, :, None]).squeeze(-1)
+        grads.x[:, :, c] = (z.B[:, :, c, None] @ grad).squeeze(2)
+        grads.B[:, :, c] = (grad @ z.x[:, :, c, :, None]).squeeze(-1)
+        exponent = grad.mul_(z.decay(c)) * history[-1]  # the gradient of dt A
+        rates.addcmul_(exponent, z.dt[:, :, c, None])
+        grads.dt[:, :, c] = exponent.mul_(z.A).sum(2)
+    grads.A.add_(rates.sum((0, 1)))
+    return grad[:, 0]
 
 
 _scan = opaque(
     _TwoLevelScan,
-    "two_level_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state, Tensor restart)"
+    "two_level_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state, Tensor? restart)"
     " -> (Tensor y, Tensor final, Tensor entering)",
     keep=("x", "dt", "A", "B", "C", "entering", "restart"),
 )

@@ -71,6 +71,15 @@ def keys(*shape: int) -> Tensor:
     return F.normalize(normal(*shape), dim=-1)
 
 
+def packing(batch: int, length: int) -> Tensors:
+    """Segments of uneven lengths and padding on both sides and within."""
+    position = torch.arange(length)
+    segment_ids = torch.stack([position // 37, (position > 5).long() + (position // 64)])
+    mask = torch.rand(batch, length) > 0.2
+    mask[1, : length // 8] = False
+    return {"segment_ids": segment_ids, "mask": mask}
+
+
 def op(function: Callable[..., Any], template: Any = None, **fixed: Any) -> Callable[..., Tensors]:
     """An op as a function of named tensors."""
 

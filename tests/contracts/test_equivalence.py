@@ -6,21 +6,12 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from tests.contracts.cases import CASES, MODULES, RECURRENT, Case
+from tests.contracts.cases import CASES, MODULES, RECURRENT, Case, packing
 from tests.contracts.transforms import in_pieces
 from tests.helpers import Tensors, assert_same, cast, flatten, measure
 
 LENGTHS = (1, 63, 64, 65, 200)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-
-
-def packing(batch: int, length: int) -> dict[str, torch.Tensor]:
-    """Segments of uneven lengths and padding on both sides and within."""
-    position = torch.arange(length)
-    segment_ids = torch.stack([position // 37, (position > 5).long() + (position // 64)])
-    mask = torch.rand(batch, length) > 0.2
-    mask[1, : length // 8] = False
-    return {"segment_ids": segment_ids, "mask": mask}
 
 
 @DTYPES

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import pytest
 import torch
 
 from synapse_arch.ops import selective_scan, ssd
-from tests.contracts.cases import N, P, draw_scan, draw_ssd, normal
+from tests.contracts.cases import N, P, draw_scan, draw_ssd, normal, packing
 from tests.helpers import Tensors, assert_same, measure
 
 
@@ -65,6 +68,22 @@ def test_a_constant_input_reaches_the_fixed_point(backend: str) -> None:
     dt, A = dt[0, 0].clamp(min=0.3)[:, None], z["A"]
     expected = dt * z["u"][0, 0][:, None] * z["B"][0, 0] / -torch.expm1(dt * A)
     assert_same({"state": state[0]}, {"state": expected})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("some", [1, 2, 4, 9, 100])
+def test_how_many_chunks_step_side_by_side_changes_nothing(
+    some: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, options = draw_scan(2, 70), packing(2, 70) if packed else {}
+
+    def run(z: Tensors, **how: Any) -> Tensors:
+        return dict(zip(("y", "state"), selective_scan(**z, **options, **how), strict=True))
+
+    expected = measure(lambda z: run(z, backend="reference"), tensors)
+    module = import_module("synapse_arch.ops.selective_scan")  # whose function has its name
+    monkeypatch.setattr(module, "AT_ONCE", some * tensors["state"].numel())
+    assert_same(measure(lambda z: run(z, chunk_size=8), tensors), expected)
 
 
 def test_without_skip_weights_there_is_no_skip() -> None:

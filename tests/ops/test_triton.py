@@ -16,8 +16,7 @@ from synapse_arch import ops
 from synapse_arch.errors import BackendUnavailable
 from synapse_arch.ops import _triton
 from synapse_arch.ops._backends import BACKENDS
-from tests.contracts.cases import OPS, Case
-from tests.contracts.test_equivalence import packing
+from tests.contracts.cases import OPS, Case, packing
 from tests.helpers import Tensors, assert_same, cast, measure
 
 CASES = [case for case in OPS if "triton" in case.backends and "write" not in case.sequence]

@@ -112,6 +112,17 @@ class Numbers:
         alike = [run for run in ours if run["steps"] == other["steps"]]
         return best(alike or [run for run in ours if self._near(run, other)]), changed
 
+    def pairs(self, task: str, model: str) -> dict[int, tuple[Cell, Cell]]:
+        """This library's model and one with a part changed, by the steps after which both were measured."""
+        runs = [run for run in self._of(task) if run["model"] in (OURS, model)]
+        found = {}
+        for steps in sorted({run["steps"] for run in runs}):
+            then = [run for run in runs if run["steps"] == steps]
+            ours, changed = (best(run for run in then if run["model"] == name) for name in (OURS, model))
+            if ours.found and changed.found:
+                found[steps] = ours, changed
+        return found
+
     def _of(self, task: str) -> list[Record]:
         return [run for run in self.runs if run["task"] == task]
 
@@ -141,6 +152,15 @@ class Numbers:
             if seconds is not None and len(known) > 1:
                 found[seconds] = known
         return dict(sorted(found.items()))
+
+    @property
+    def seconds(self) -> float | None:
+        """What this library's model was planned to take on bytes, where all models are compared."""
+        return self.planned(self.cell(BYTES))
+
+    def planned(self, cell: Cell) -> float | None:
+        """Seconds that a cell's steps take on a quiet machine; None where no step was timed."""
+        return self._planned(cell.records[0]) if cell.found else None
 
     def _near(self, one: Record, other: Record) -> bool:
         """Whether two runs were planned for about the same time; a model whose steps were not timed was not."""
@@ -181,9 +201,9 @@ class Numbers:
 
     @property
     def led(self) -> list[str]:
-        """Those of them where this library's median is ahead of every peer's by more than the spread over seeds."""
-        found = [task for task in self.compared if self._lead(task) > self._spread(task)]
-        return [task for task in found if task not in self.unlearned]
+        """Those of them where this library's median is ahead of every peer's, and not level with it."""
+        apart = [task for task in self.compared if self._lead(task) > 0 and task not in self.tied]
+        return [task for task in apart if task not in self.unlearned]
 
     @property
     def unlearned(self) -> list[str]:
@@ -193,8 +213,22 @@ class Numbers:
 
     @property
     def tied(self) -> list[str]:
-        """Those of them where this library's median is within the spread over seeds of the best peer's."""
-        return [task for task in self.compared if abs(self._lead(task)) <= self._spread(task)]
+        """Those of them where this library's median is level with the best peer's.
+
+        That is: within the spread over seeds, or both where training stops.
+        """
+        return [task for task in self.compared if abs(self._lead(task)) <= self._spread(task) or self._finished(task)]
+
+    def _finished(self, task: str) -> bool:
+        """Whether the medians of this library's model and of the best peer both reached what ends the training."""
+        goal, cells = self.stops.get(task), (self.cell(task), self.cell(task, self.best_peer(task) or OURS))
+        return goal is not None and all((cell.median or 0.0) >= goal for cell in cells)
+
+    @property
+    def stops(self) -> dict[str, float]:
+        """The tasks whose training ends at the first test that reaches an accuracy, and that accuracy."""
+        goals = {task: self.tasks[task].protocols["cpu"].stop_at for task in self.ran([OURS, *self.peers])}
+        return {task: goal for task, goal in goals.items() if goal is not None}
 
     def _lead(self, task: str) -> float:
         """By how much this library's median is better than the best peer's."""

@@ -80,14 +80,17 @@ def _leaders(cells: dict[str, Cell]) -> list[str]:
 
 
 def protocol(numbers: Numbers) -> str:
-    """How each task is trained at this scale and at the published one."""
+    """How each task was trained at this scale, or would be, and at the published one."""
     rows = []
     for task in numbers.ran([OURS, *numbers.peers]) or list(numbers.tasks):
         ours, theirs = (numbers.tasks[task].protocols[scale] for scale in ("cpu", "published"))
-        rates = ", ".join(plain(lr) for lr in ours.lrs)
+        runs = [run for run in numbers.runs if run["task"] == task]
+        rates = sorted({run["lr"] for run in runs} or ours.lrs)
+        steps = sorted({run["steps"] for run in runs} or {ours.steps})
         rows.append(
             [task, f"{ours.d_model} × {ours.n_layers}", _examples(ours.train_examples), str(ours.batch_size),
-             whole(ours.steps), f"{_examples(theirs.train_examples)}, {whole(theirs.steps)}", rates]
+             " to ".join(map(whole, (steps[0], steps[-1])[: len(steps)])),
+             f"{_examples(theirs.train_examples)}, {whole(theirs.steps)}", ", ".join(map(plain, rates))]
         )  # fmt: skip
     head = ["Task", "Width × blocks", "Examples", "Batch", "Steps", "Published: examples, steps", "Learning rates"]
     return markdown(head, rows)
@@ -108,33 +111,51 @@ def sizes(numbers: Numbers) -> str:
 
 
 def _size(cell: Cell) -> str:
-    return f"{whole(cell.active_parameters)} / {whole(cell.state_numbers)}" if cell.found else NOT_RUN
+    if not cell.found:
+        return NOT_RUN
+    return f"{whole(cell.active_parameters)} of {whole(cell.parameters)} / {whole(cell.state_numbers)}"
 
 
 def text(numbers: Numbers) -> str:
     """Bits per byte of every model that was run on bytes, of those trained longer, and of the compressors."""
-    rows = [_text_row(name(model), numbers.cell(BYTES, model)) for model in shown(numbers, [BYTES])]
-    for seconds, cells in numbers.longer.items():
-        rows += [_text_row(f"{name(model)}, {seconds:.0f} seconds", cell) for model, cell in cells.items()]
+    rows = [_text_row(name(model), numbers.cell(BYTES, model), numbers) for model in shown(numbers, [BYTES])]
+    for cells in numbers.longer.values():
+        rows += [_text_row(f"{name(model)}, longer", cell, numbers) for model, cell in cells.items()]
     rows += [[packer, fixed(numbers.compressor(packer), 3), "", "", "", ""] for packer in ("gzip -9", "xz -9")]
-    head = ["Model", "Bits per byte", "Active parameters", "Parameters", "Steps", "Seconds of training"]
+    head = ["Model", "Bits per byte", "Active parameters", "Parameters", "Steps", "Planned seconds"]
     return markdown(head, rows)
 
 
-def _text_row(title: str, cell: Cell) -> list[str]:
-    return [title, spread(cell), *map(whole, (cell.active_parameters, cell.parameters, cell.steps, cell.seconds))]
+def _text_row(title: str, cell: Cell, numbers: Numbers) -> list[str]:
+    sizes = (cell.active_parameters, cell.parameters, cell.steps, numbers.planned(cell))
+    return [title, spread(cell), *map(whole, sizes)]
 
 
 def ablations(numbers: Numbers) -> str:
-    """A row a changed part, a column a task: what the median gains or loses against the default."""
+    """A row a changed part, a column a task: what the median gains or loses against the default after as many steps.
+
+    The default's row is the one most changes are beside; a change beside another says after how many steps.
+    """
     tasks = numbers.ran(numbers.ablations)
     if not tasks:
         return ""
-    rows = [["*default*", *(f"*{result(numbers.cell(task))}*" for task in tasks)]]
+    defaults = {task: _usual([numbers.pair(task, model)[0] for model in numbers.ablations]) for task in tasks}
+    rows = [["*default*", *(f"*{spread(defaults[task])}*" for task in tasks)]]
     for model in numbers.ablations:
-        changes = [_change(*numbers.pair(task, model)) for task in tasks]
+        changes = []
+        for task in tasks:
+            default, changed = numbers.pair(task, model)
+            then = "" if default.steps == defaults[task].steps else f" ({whole(default.steps)} steps)"
+            changes.append(_change(default, changed) + (then if default.found and changed.found else ""))
         rows.append([name(model).replace(" ", NBSP), *changes])
     return markdown([f"Changed{NBSP}part", *(SHORT.get(task, task) for task in tasks)], rows)
+
+
+def _usual(cells: Sequence[Cell]) -> Cell:
+    """The cell that most are, by their steps."""
+    known = [cell for cell in cells if cell.found]
+    steps = [cell.steps for cell in known]
+    return max(known, key=lambda cell: steps.count(cell.steps), default=Cell())
 
 
 def _change(default: Cell, changed: Cell) -> str:

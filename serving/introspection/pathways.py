@@ -35,7 +35,8 @@ def export(state: SynapseState, config: SynapseConfig, weights: str) -> dict[str
     layers = []
     for index, layer in enumerate(state.layers):
         together = layer.thalamus.coactivation.mean(0)
-        layers.append({"i": index, "coactivation": plain(together), "pathways": plain(pathways_of(together))})
+        lifts = pathways_of(together, config.thalamus.top_k)
+        layers.append({"i": index, "coactivation": plain(together), "pathways": plain(lifts)})
     return {
         "schema": SCHEMA, "weights_sha256": weights, "n_experts": config.n_experts,
         "gain": config.thalamus.hebbian_gain, "tokens": int(state.position[0]), "layers": layers,

@@ -39,7 +39,8 @@ class ThalamusConfig:
 
     Attributes:
         mamba: the Mamba inside, "ssd" or "s6"; None for none: nothing is relayed, the router reads its input itself.
-        context: the router reads what the Mamba makes of the context; False for the Mamba's input, this token alone.
+        context: the router reads what this layer's Mamba makes of the text; False for the Mamba's input, which holds of
+            the text what earlier regions and layers made of it.
         d_state, expand, d_conv, head_dim, n_groups: its sizes, see MambaConfig.
         top_k: experts a token visits.
         noise: standard deviation of the Gaussian noise on the router logits, in training mode only.
@@ -47,7 +48,8 @@ class ThalamusConfig:
         z_loss: weight of the router z-loss (Zoph et al. 2022, eq. 5), shared by the layers.
         bias_rate: step of the loss-free balancing bias (DeepSeek-V3, §2.1.2); 0 switches it off.
         hebbian_decay: what a token leaves of the running co-activation average.
-        hebbian_gain: how strongly consolidated pathways bias the choice of a token's further experts.
+        hebbian_gain: how strongly consolidated pathways bias which experts a token visits, by the one that ranks first
+            without them.
     """
 
     mamba: Literal["ssd", "s6"] | None = "ssd"
@@ -302,7 +304,7 @@ class Thalamus(nn.Module):
 
         From now on, where i ranks first for a token, j's rank is biased by hebbian_gain times pathways[i, j].
         """
-        self.pathways.copy_(pathways_of(state.coactivation.mean(0)))
+        self.pathways.copy_(pathways_of(state.coactivation.mean(0), self.config.top_k))
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:
@@ -323,10 +325,22 @@ class _Router(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype))
 
 
-def pathways_of(coactivation: Tensor) -> Tensor:
-    """P(j visited | i visited) − P(j visited) of a running co-activation (E, E): 0 for independent experts."""
+def pathways_of(coactivation: Tensor, top_k: int) -> Tensor:
+    """P(j visited | i visited) − P(j visited) of a running co-activation: 0 for independent experts.
+
+    The average started at 0, so that everything in it is as much too small as its diagonal, whose sum is `top_k` once
+    enough was read.
+
+    Args:
+        coactivation: (E, E) of a state.
+        top_k: experts that every token visited.
+
+    Returns:
+        (E, E) with a diagonal of 0; 0 where i was never visited.
+    """
     alone = coactivation.diagonal()
-    lift = torch.where(alone[:, None] > 0, coactivation / alone[:, None], alone) - alone
+    share = alone * top_k / alone.sum().clamp(min=torch.finfo(alone.dtype).tiny)
+    lift = torch.where(alone[:, None] > 0, coactivation / alone[:, None] - share, 0.0)
     return lift.fill_diagonal_(0.0)
 
 

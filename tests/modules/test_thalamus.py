@@ -184,21 +184,28 @@ def with_coactivation(thalamus: Thalamus, matrix: Tensor) -> ThalamusState:
     return thalamus.init_state(len(matrix))._replace(coactivation=matrix)
 
 
-def test_consolidate_by_its_formula() -> None:
-    """P(j | i) - P(j), averaged over rows; nothing on the diagonal, nothing for independent or silent experts."""
-    thalamus = make()
-    alone = torch.tensor([0.5, 0.25, 0.2, 0.0, 0.1])
+@pytest.mark.parametrize("read", [1.0, 0.05], ids=["long", "short"])
+def test_consolidate_by_its_formula(read: float) -> None:
+    """P(j | i) - P(j), averaged over rows, however much was read; nothing for independent or silent experts."""
+    thalamus = make(top_k=2)
+    alone = torch.tensor([0.9, 0.5, 0.4, 0.0, 0.2])
     independent = torch.outer(alone, alone)
     independent.diagonal().copy_(alone)
-    thalamus.consolidate(with_coactivation(thalamus, independent[None]))
+    thalamus.consolidate(with_coactivation(thalamus, read * independent[None]))
     assert thalamus.pathways.abs().max() < 1e-6
     paired = independent.clone()
-    paired[0, 1] = paired[1, 0] = 0.25  # 1 never fires without 0
-    thalamus.consolidate(with_coactivation(thalamus, torch.stack([paired, paired])))
-    assert thalamus.pathways[1, 0].item() == pytest.approx(1.0 - 0.5)
-    assert thalamus.pathways[0, 1].item() == pytest.approx(0.5 - 0.25)
+    paired[0, 1] = paired[1, 0] = 0.5  # 1 never fires without 0
+    thalamus.consolidate(with_coactivation(thalamus, read * torch.stack([paired, paired])))
+    assert thalamus.pathways[1, 0].item() == pytest.approx(1.0 - 0.9)
+    assert thalamus.pathways[0, 1].item() == pytest.approx(0.5 / 0.9 - 0.5)
     assert not thalamus.pathways.diagonal().any()
     assert not thalamus.pathways[3].any()
+
+
+def test_nothing_read_is_consolidated_to_nothing() -> None:
+    thalamus = make(top_k=2)
+    thalamus.consolidate(thalamus.init_state(1))
+    assert not thalamus.pathways.any()
 
 
 def test_pathways_bias_only_after_consolidation() -> None:

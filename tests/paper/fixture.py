@@ -92,7 +92,7 @@ def routing() -> dict[str, Any]:
     known = {"first_bits": [0.4, 0.2], "first_excess": [0.38, 0.17], "first_adjusted": [0.3, 0.1]}
     summary = {
         "information": {"token": known | {"given_byte_excess": [0.05, 0.04]}, "package": known},
-        "load": {"largest_over_fair": 1.7, "dead": 0},
+        "load": {"largest_over_fair": 1.7, "largest_first_over_fair": 2.5, "dead": 0},
         "stability": {
             "agreement": [0.6, 0.5],
             "agreement_chance": [0.2, 0.2],

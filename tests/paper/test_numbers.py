@@ -128,7 +128,27 @@ def test_fewer_models_that_were_trained_longer_are_compared_beside_all(tmp_path:
     assert bars["bytes, equal wall time, bits per byte"].met is False
     assert bars["bytes, 300 seconds each, bits per byte"].met is True
     rows = tables.text(found).splitlines()
-    assert any("300 seconds" in row and "1.800" in row and "300" in row for row in rows)
+    assert any("Mamba-2, longer" in row and "1.900" in row and "| 305 |" in row for row in rows), "its own seconds"
+
+
+def test_a_changed_part_beside_the_default_after_every_number_of_steps(tmp_path: Path) -> None:
+    dense = "synapse:dense-experts"
+    runs = [record("bytes", "synapse", 0, score, steps=steps) for steps, score in ((50, 2.4), (90, 2.0), (70, 2.1))]
+    runs += [record("bytes", dense, seed, 2.2, steps=steps) for steps in (90, 50, 80) for seed in (0, 1)]
+    pairs = fixture.numbers(tmp_path, runs).pairs("bytes", dense)
+    medians = {steps: [cell.median for cell in pair] for steps, pair in pairs.items()}
+    assert list(medians.items()) == [(50, [2.4, 2.2]), (90, [2.0, 2.2])]
+
+
+def test_the_default_of_the_ablations_is_the_one_most_are_beside(tmp_path: Path) -> None:
+    runs = [record("bytes", "synapse", 0, score, steps=steps) for steps, score in ((50, 2.4), (90, 2.0))]
+    runs += [record("bytes", f"synapse:{part}", 0, 2.5, steps=50) for part in ("no-memory", "no-xlstm")]
+    runs += [record("bytes", "synapse:dense-experts", 0, 2.1, steps=90)]
+    rows = {row.split("|")[1].strip(): row for row in tables.ablations(fixture.numbers(tmp_path, runs)).splitlines()}
+    assert "2.400" in rows["*default*"]
+    assert "+0.100" in rows["no\u00a0memory"]
+    assert "steps" not in rows["no\u00a0memory"]
+    assert "(90 steps)" in rows["dense\u00a0experts"]
 
 
 def test_what_was_neither_timed_nor_trained_as_long_is_not_compared(tmp_path: Path) -> None:
@@ -194,6 +214,18 @@ def test_a_lead_is_more_than_the_spread_over_seeds(
     found = fixture.numbers(tmp_path, runs)
     assert found.tied == (["s3"] if level else [])
     assert found.led == (["s3"] if model == "synapse" and not level else [])
+
+
+@pytest.mark.parametrize(("ours", "theirs", "level"), [(0.996, 1.0, True), (0.996, 0.99, False), (0.9, 0.996, False)])
+def test_scores_beyond_where_training_stops_are_level(
+    ours: float, theirs: float, level: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [record("s3", "synapse", 0, ours), record("s3", "mlstm", 0, theirs)]
+    found = fixture.numbers(tmp_path, runs)
+    assert found.tied == []
+    monkeypatch.setattr(found.tasks["s3"].protocols["cpu"], "stop_at", 0.995)
+    assert found.stops == {"s3": 0.995}
+    assert found.tied == (["s3"] if level else [])
 
 
 def test_unknown_names_are_errors(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class Routing(NamedTuple):
     indices: Tensor
     """(B, T, k) int64; -1 where the mask is False."""
     weights: Tensor
-    """(B, T, k) softmax over the chosen logits; sums to 1 over k."""
+    """(B, T, k) softmax over the chosen logits; sums to 1 over k, to 0 where masked."""
     logits: Tensor
     """(B, T, E) float32 or wider."""
 

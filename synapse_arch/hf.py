@@ -28,6 +28,7 @@ try:
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
+        GenerationConfig,
         GenerationMixin,
         PreTrainedConfig,
         PreTrainedModel,
@@ -309,6 +310,14 @@ class SynapseForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """No keys, no values: forward makes the cache."""
         return False
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """A fresh cache where `generate` was given none, for prompts that are read in pieces."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = SynapseCache()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leaves every module as its own constructor made it; a checkpoint that lacks tensors is refused instead."""

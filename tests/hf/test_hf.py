@@ -92,6 +92,14 @@ def test_greedy_generation_is_the_cores() -> None:
     assert complete(model, ids, do_sample=False, use_cache=False).tolist() == expected
 
 
+@pytest.mark.parametrize("size", [1, 4, 5, 100])
+def test_a_prompt_read_in_pieces_generates_the_same(size: int) -> None:
+    model, rows = wrapped(), [tokens(1, 9)[0], tokens(1, 6)[0]]
+    ids, mask = left_padded(rows)
+    whole, pieces = (complete(model, ids, mask, do_sample=False, **how) for how in ({}, {"prefill_chunk_size": size}))
+    assert torch.equal(whole, pieces)
+
+
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}])
 def test_a_left_padded_batch_gives_what_each_row_gives_alone(how: dict[str, Any]) -> None:
     model = wrapped()

@@ -41,11 +41,17 @@ class Entry(NamedTuple):
 def check_target(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     """Refuses an output that would touch an input or something else that is there.
 
+    Args:
+        out: the folder.
+        inputs: folders and files; of a folder its files count as well, wherever they are links to.
+        overwrite: whether `out` may be there.
+
     Raises:
         ConfigError: `out` is or holds an input, or lies in one, or is there and not to be overwritten.
     """
     place = out.resolve()
-    for path in inputs:
+    files = (file for path in inputs if path.is_dir() for file in path.iterdir() if file.is_file())
+    for path in (*inputs, *files):
         source = path.resolve()
         if place == source or place in source.parents or source in place.parents:
             raise ConfigError(explain("out", "a folder apart from the inputs", f"{out}, and {path} is an input"))

@@ -178,6 +178,23 @@ def test_an_output_that_is_there_is_kept_or_replaced_whole(capsys: pytest.Captur
     assert Path("notes/diary.txt").read_text() == "mine"
 
 
+def linked(folder: str, real: str) -> str:
+    """A folder whose files are links to those of another."""
+    Path(folder).mkdir()
+    for path in Path(real).iterdir():
+        Path(folder, path.name).symlink_to(path.resolve())
+    return folder
+
+
+def test_an_output_that_holds_what_an_input_links_to_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("a", "real")
+    before = weights("real")
+    for words in (["--models", linked("links", "real"), "b", "--base", "base"], ["--models", "b", "--base", "links"]):
+        assert main([*words, "--out", "real", "--overwrite", "--quiet"]) == 2
+        assert "apart from the inputs, got real, and links/" in capsys.readouterr().err
+        assert_same_tensors(weights("real"), before)
+
+
 def test_no_room_is_said_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

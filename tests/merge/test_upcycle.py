@@ -137,6 +137,18 @@ def test_what_cannot_be_is_refused_in_a_line(
 
 
 @pytest.mark.usefixtures("dense")
+def test_an_output_that_holds_what_a_specialist_links_to_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    for path in Path("a").iterdir():
+        Path("out", path.name).write_bytes(path.read_bytes())
+        path.unlink()
+        path.symlink_to(Path("out", path.name).resolve())
+    assert run("--experts", "a", "b", "--overwrite") == 2
+    assert "apart from the inputs, got out, and a/" in capsys.readouterr().err
+    assert not Path("a/model.safetensors").samefile("b/model.safetensors")
+
+
+@pytest.mark.usefixtures("dense")
 def test_texts_are_for_models_that_read_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     Path("base/tokenizer.json").write_text("{}", encoding="utf-8")
     Path("text").write_bytes(b"some text")

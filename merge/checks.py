@@ -134,12 +134,44 @@ class Lineage:
                 raise CheckpointError(explain("base", "the checkpoint that the models were trained from", got, remedy))
 
 
+def check_tokenizers(base: Checkpoint, models: tuple[Source, ...]) -> None:
+    """Refuses models whose token ids stand for different text; one without a tokenizer says nothing of it.
+
+    Raises:
+        CheckpointError: a tokenizer.json cannot be read, or gives an id another token than that of the base (or of the
+            first model that has one); the first ten are listed.
+    """
+    known = [(source.label, tokens) for source in (base, *models) if (tokens := _tokens(source))]
+    for label, theirs in known[1:]:
+        first, ours = known[0]
+        both = sorted(ours.keys() & theirs.keys())
+        differing = [f"{token} {ours[token]!r} and {theirs[token]!r}" for token in both if ours[token] != theirs[token]]
+        if differing:
+            got = f"{len(differing)} others {differing[:10]}"
+            remedy = "only models that read text alike can be merged"
+            where = f"tokenizer of {label} against {first}"
+            raise CheckpointError(explain(where, "the same token for each id", got, remedy))
+
+
+def _tokens(source: Source) -> dict[int, str]:
+    """The tokens of a folder's tokenizer.json by their ids; none where it has no such file, or not of this form."""
+    content = _json(Path(source.label) / "tokenizer.json") or {}
+    try:
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: pairs of a token and its score
+            vocabulary = {pair[0]: token for token, pair in enumerate(vocabulary)}
+        tokens = {int(token): str(text) for text, token in vocabulary.items()}
+        return tokens | {int(one["id"]): str(one["content"]) for one in content.get("added_tokens") or ()}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return {}
+
+
 def config_notes(base: Checkpoint, models: tuple[Source, ...]) -> list[str]:
-    """Where the models' config.json say otherwise than the base's, a line each."""
-    ours = _config(base)
+    """Where a model's config.json says otherwise than the base's, or its tokenizer has other tokens, a line each."""
+    ours = _json(base.path / "config.json")
     notes = []
     for model in models:
-        theirs = _config(model) if isinstance(model, Checkpoint) else None
+        theirs = _json(model.path / "config.json") if isinstance(model, Checkpoint) else None
         if ours is not None and theirs is not None:
             keys = sorted(ours.keys() | theirs.keys() - _CONFIG_NOISE)
             differing = [key for key in keys if key not in _CONFIG_NOISE and ours.get(key) != theirs.get(key)]
@@ -148,11 +180,20 @@ def config_notes(base: Checkpoint, models: tuple[Source, ...]) -> list[str]:
                 notes.append(
                     f"the configuration of {model.label} differs from the base's in {fields}; the base's is kept"
                 )
-    return notes
+    return notes + _tokenizer_notes(base, models)
 
 
-def _config(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    path = Path(checkpoint.path) / "config.json"
+def _tokenizer_notes(base: Checkpoint, models: tuple[Source, ...]) -> list[str]:
+    ours = _tokens(base)
+    return [
+        f"the tokenizer of {model.label} has {len(theirs)} tokens and the base's {len(ours)}; the base's is kept"
+        for model in models
+        if ours and (theirs := _tokens(model)) and ours != theirs
+    ]
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no such file, or something else in it."""
     if not path.is_file():
         return None
     try:

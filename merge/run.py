@@ -19,7 +19,7 @@ from torch import Tensor
 from merge.adapters import Adapter, is_adapter
 from merge.align import align, by_activations, check_pools
 from merge.card import model_card
-from merge.checks import Lineage, check_finite, check_same_tensors, config_notes
+from merge.checks import Lineage, check_finite, check_same_tensors, check_tokenizers, config_notes
 from merge.io import Checkpoint, Reordered, Source, sha256
 from merge.kit import merge_with_mergekit
 from merge.methods import METHODS
@@ -79,7 +79,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
     """Opens the base and the models and checks that they can be merged; tensors are read only to align experts.
 
     Raises:
-        CheckpointError: an input cannot be read, or is a pickle.
+        CheckpointError: an input cannot be read, or is a pickle, or its token ids stand for another text.
         ShapeError: names or shapes differ.
         ConfigError: an adapter without a base.
     """
@@ -89,6 +89,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
         if recipe.align is not None:
             check_pools(base, model)
         check_same_tensors(base, model)
+    check_tokenizers(base, tuple(models))
     if recipe.align is not None:
         models = [Reordered(model, align(base, model, _similarity(recipe, base, model))) for model in models]
     return Inputs(base, tuple(models))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merge.checks import check_finite, check_same_tensors
+from merge.checks import check_finite, check_same_tensors, check_tokenizers
 from merge.io import Checkpoint, sha256, short_name
 from merge.writer import Entry, check_room, check_target, copy_companions, whole_folder, write_weights
 from synapse_arch import SynapseConfig, SynapseModel
@@ -131,7 +131,7 @@ def mixture(
 
     Raises:
         ConfigError: a model that is not dense, too few models, or counts that do not fit.
-        CheckpointError, ShapeError: a model that cannot be read, is none of ours, or of other sizes than the base.
+        CheckpointError, ShapeError: a model that cannot be read, is none of ours, or of other sizes or tokens.
     """
     paths = [*experts, *([base] if include_base else [])]
     reference = Checkpoint(base)
@@ -140,6 +140,7 @@ def mixture(
     sources = tuple(Checkpoint(path) for path in paths)
     for source in sources:
         check_same_tensors(reference, source)
+    check_tokenizers(reference, sources)
     values = dense.to_dict()
     names = list(labels) if labels is not None else [short_name(path, paths) for path in paths]
     values["experts"] |= {"n_experts": len(paths), "labels": names}

@@ -129,6 +129,46 @@ def test_models_whose_configuration_differs_are_remarked(capsys: pytest.CaptureF
     assert "note: the configuration of odd differs from the base's in norm_eps" in capsys.readouterr().err
 
 
+def with_tokens(name: str, model: str, content: dict[str, Any]) -> str:
+    """A copy of a model that has a tokenizer.json."""
+    shutil.copytree(model, name)
+    Path(name, "tokenizer.json").write_text(json.dumps(content))
+    return name
+
+
+ADDED = [{"id": 2, "content": "<end>"}]
+TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
+    "bpe": ({"model": {"vocab": {"one": 1, "two": 0}}}, "2 others [\"0 'one' and 'two'\", \"1 'two' and 'one'\"]"),
+    "unigram": ({"model": {"vocab": [["one", -1.5], ["three", -2.0]]}}, "1 others [\"1 'two' and 'three'\"]"),
+    "added": ({"model": {"vocab": {"one": 0}}, "added_tokens": ADDED}, "1 others [\"2 '<start>' and '<end>'\"]"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+@pytest.mark.parametrize("base", ["with a base", "without"])
+def test_models_whose_ids_stand_for_another_text_are_refused(
+    case: str, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, message = TOKENIZERS[case]
+    ours = {"model": {"vocab": {"one": 0, "two": 1}}, "added_tokens": [{"id": 2, "content": "<start>"}]}
+    names = [with_tokens("own", "base", ours), with_tokens("other", "a", content)]
+    words = ["--base", "own", "--models", "other", "b"] if base == "with a base" else ["--method", "linear", "--models"]
+    words += [] if base == "with a base" else names
+    fails(
+        [*words, "--out", "out"],
+        f"tokenizer of other against own: expected the same token for each id, got {message}",
+        capsys,
+    )
+
+
+def test_tokens_that_one_tokenizer_has_more_are_remarked(capsys: pytest.CaptureFixture[str]) -> None:
+    with_tokens("own", "base", {"model": {"vocab": {"one": 0, "two": 1}}})
+    with_tokens("more", "a", {"model": {"vocab": {"one": 0, "two": 1}}, "added_tokens": ADDED})
+    with_tokens("broken", "b", {"model": None})  # of another form: it says nothing
+    assert main(["--base", "own", "--models", "more", "broken", "--out", "out", "--quiet"]) == 0
+    assert "note: the tokenizer of more has 3 tokens and the base's 2; the base's is kept" in capsys.readouterr().err
+
+
 OPTIONS: dict[str, tuple[list[str], str]] = {
     "no models": (["--base", "base"], "--models: expected one or more paths"),
     "no base": (["--models", "a", "b"], "base: expected a checkpoint"),

@@ -230,6 +230,15 @@ def test_texts_are_read_as_the_models_tokenizer_reads_them(capsys: pytest.Captur
     assert "models that read bytes" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("models")
+def test_models_whose_ids_stand_for_another_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, vocabulary in (("a", '{"x": 0, "y": 1}'), ("b", '{"y": 0, "x": 1}')):
+        Path(name, "tokenizer.json").write_text(f'{{"model": {{"vocab": {vocabulary}}}}}', encoding="utf-8")
+    Path("r.yaml").write_text("method: linear\nmodels: [a, b]\n", encoding="utf-8")
+    assert run("--lambdas", "1") == 2
+    assert "tokenizer of b against a: expected the same token for each id" in capsys.readouterr().err
+
+
 def test_a_folder_is_one_stream_in_order(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("later", encoding="utf-8")
     (tmp_path / "a.txt").write_text("first", encoding="utf-8")

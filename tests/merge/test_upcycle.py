@@ -149,6 +149,15 @@ def test_an_output_that_holds_what_a_specialist_links_to_is_refused(capsys: pyte
 
 
 @pytest.mark.usefixtures("dense")
+def test_specialists_whose_ids_stand_for_another_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, vocabulary in (("base", '{"x": 0, "y": 1}'), ("b", '{"y": 0, "x": 1}')):
+        Path(name, "tokenizer.json").write_text(f'{{"model": {{"vocab": {vocabulary}}}}}', encoding="utf-8")
+    assert run("--experts", "a", "b") == 2
+    assert "tokenizer of b against base: expected the same token for each id" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("dense")
 def test_texts_are_for_models_that_read_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     Path("base/tokenizer.json").write_text("{}", encoding="utf-8")
     Path("text").write_bytes(b"some text")

@@ -103,16 +103,25 @@ def _similarity(recipe: Recipe, base: Checkpoint, model: Source) -> dict[str, Te
         raise ConfigError(
             explain(f"align=activations of {model.label}", "whole models", "an adapter", "align by weights")
         )
-    try:
-        text = Path(recipe.calibration).read_bytes()
-    except OSError as cause:
-        raise ConfigError(explain("calibration", "a readable text", f"{type(cause).__name__}: {cause}")) from cause
+    text = calibration_text(recipe.calibration)
     reference, other = (SynapseModel.from_pretrained(one.path) for one in (base, model))
     vocabulary, own = reference.config.vocab_size, (Path(base.path) / "tokenizer.json").is_file()
     if vocabulary != 256 or own or not text:
         got = f"{len(text)} bytes and a vocabulary of {vocabulary}{' with a tokenizer of its own' if own else ''}"
         raise ConfigError(explain("calibration", "some text, and models that read bytes", got, "align by weights"))
     return by_activations(reference, other, torch.tensor([list(text)]))
+
+
+def calibration_text(path: str) -> bytes:
+    """What experts are matched on by their answers.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as cause:
+        raise ConfigError(explain("calibration", "a readable text", f"{type(cause).__name__}: {cause}")) from cause
 
 
 def _first_whole(recipe: Recipe) -> str:

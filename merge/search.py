@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge.adapters import CONFIG as ADAPTER_CONFIG
 from merge.candidates import DENSITIES, LAMBDAS, epsilon_of, grid, run_grid, run_optuna
 from merge.io import short_name
 from merge.methods import METHODS
 from merge.recipe import SETTINGS, Recipe
-from merge.run import open_inputs, stream
+from merge.run import calibration_text, open_inputs, stream
 from recipes.data import SEPARATOR, Tokenizer, load_tokenizer, open_source
 from recipes.evaluation import held_out_bits
 from synapse_arch import SynapseModel
@@ -102,7 +103,7 @@ class Search:
         """Takes over the trials of an earlier search in the same folder.
 
         Raises:
-            ConfigError: they are of another recipe or other texts.
+            ConfigError: they are of another recipe or other texts, or the calibration text cannot be read.
         """
         path = self.out / TRIALS
         if not path.exists():
@@ -126,8 +127,10 @@ class Search:
         sums = {name: hashlib.sha256(text.numpy().tobytes()).hexdigest() for name, text in self.judge.texts.items()}
         folders = [Path(path) for path in (self.recipe.base, *self.recipe.models) if path is not None]
         files = {str(folder): [_stamp(file) for file in _weights(folder)] for folder in folders}
-        head: dict[str, Any] = json.loads(json.dumps({"recipe": fixed, "texts": sums, "models": files}))
-        return head
+        head: dict[str, Any] = {"recipe": fixed, "texts": sums, "models": files}
+        if self.recipe.calibration is not None:
+            head["calibration"] = hashlib.sha256(calibration_text(self.recipe.calibration)).hexdigest()
+        return dict(json.loads(json.dumps(head)))
 
     def attempt(self, candidate: Mapping[str, Any]) -> float:
         """Mean bits per byte of a candidate, from the records if it was tried before."""
@@ -177,11 +180,14 @@ class Search:
 
 
 def _weights(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    """The files that decide on a model's weights; of an adapter its configuration scales them."""
+    if not path.is_dir():
+        return [path]
+    return sorted([*path.glob("*.safetensors"), *path.glob(ADAPTER_CONFIG)])
 
 
 def _stamp(file: Path) -> list[Any]:
-    """What changes when a file of weights is written anew."""
+    """What changes when a file is written anew."""
     found = file.stat()
     return [file.name, found.st_size, found.st_mtime_ns]
 
@@ -298,7 +304,8 @@ def open_search(recipe: Recipe, data: Sequence[Path], out: Path) -> Search:
     Raises:
         DataError: a text cannot be read.
         CheckpointError, ShapeError: the models cannot be opened, are none of ours or do not fit each other.
-        ConfigError: the folder holds trials of something else, or the method is one of mergekit's.
+        ConfigError: the folder holds trials of something else, the method is one of mergekit's, or the calibration text
+            cannot be read.
     """
     if recipe.mergekit is not None:
         raise ConfigError(explain("method", f"one of {', '.join(METHODS)}", recipe.method, "search merges in memory"))

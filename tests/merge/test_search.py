@@ -209,6 +209,34 @@ def test_trials_of_models_that_changed_are_refused_and_a_broken_line_is_tried_ag
 
 
 @pytest.mark.usefixtures("models")
+def test_trials_with_another_calibration_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    more = "align: activations\ncalibration: last.txt\n"
+    Path("r.yaml").write_text(f"base: base\nmodels: [a, b]\nmethod: linear\n{more}", encoding="utf-8")
+    assert run("--lambdas", "0.5") == 0
+    assert run("--lambdas", "0.5") == 0
+    Path("last.txt").write_text("another text of the same name", encoding="utf-8")
+    assert run("--lambdas", "0.5") == 2
+    assert "trials of these models" in capsys.readouterr().err
+    Path("last.txt").unlink()
+    assert run("--lambdas", "0.5") == 2
+    assert "calibration: expected a readable text" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("models")
+def test_trials_of_an_adapter_whose_scale_changed_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = SynapseModel.from_pretrained("base")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["head"])).save_pretrained("lora")
+    Path("r.yaml").write_text("base: base\nmodels: [a, lora]\nmethod: linear\n", encoding="utf-8")
+    assert run("--lambdas", "0.5") == 0
+    assert run("--lambdas", "0.5") == 0
+    path = Path("lora/adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"lora_alpha": 99}), encoding="utf-8")
+    assert run("--lambdas", "0.5") == 2
+    assert "trials of these models" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("models")
 def test_texts_are_read_as_the_models_tokenizer_reads_them(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tokenizers")
     tokenizer = train_bpe(["if while return x = 1"] * 3, 262)

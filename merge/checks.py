@@ -155,7 +155,7 @@ def check_tokenizers(base: Checkpoint, models: tuple[Source, ...]) -> None:
 
 def _tokens(source: Source) -> dict[int, str]:
     """The tokens of a folder's tokenizer.json by their ids; none where it has no such file, or not of this form."""
-    content = _json(Path(source.label) / "tokenizer.json") or {}
+    content = json_object(Path(source.label) / "tokenizer.json") or {}
     try:
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: pairs of a token and its score
@@ -168,10 +168,10 @@ def _tokens(source: Source) -> dict[int, str]:
 
 def config_notes(base: Checkpoint, models: tuple[Source, ...]) -> list[str]:
     """Where a model's config.json says otherwise than the base's, or its tokenizer has other tokens, a line each."""
-    ours = _json(base.path / "config.json")
+    ours = json_object(base.path / "config.json")
     notes = []
     for model in models:
-        theirs = _json(model.path / "config.json") if isinstance(model, Checkpoint) else None
+        theirs = json_object(model.path / "config.json") if isinstance(model, Checkpoint) else None
         if ours is not None and theirs is not None:
             keys = sorted(ours.keys() | theirs.keys() - _CONFIG_NOISE)
             differing = [key for key in keys if key not in _CONFIG_NOISE and ours.get(key) != theirs.get(key)]
@@ -192,8 +192,12 @@ def _tokenizer_notes(base: Checkpoint, models: tuple[Source, ...]) -> list[str]:
     ]
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file, or something else in it."""
+def json_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no such file, or something else in it.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is no JSON.
+    """
     if not path.is_file():
         return None
     try:

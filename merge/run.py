@@ -19,7 +19,7 @@ from torch import Tensor
 from merge.adapters import Adapter, is_adapter
 from merge.align import align, by_activations, check_pools
 from merge.card import model_card
-from merge.checks import Lineage, check_finite, check_same_tensors, check_tokenizers, config_notes
+from merge.checks import Lineage, check_finite, check_same_tensors, check_tokenizers, config_notes, json_object
 from merge.io import Checkpoint, Reordered, Source, sha256
 from merge.kit import merge_with_mergekit
 from merge.methods import METHODS
@@ -30,7 +30,10 @@ from merge.writer import Entry, check_room, check_target, copy_companions, whole
 from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.errors import ConfigError, ShapeError, explain
 from synapse_arch.model._files import write_text
-from synapse_arch.model.checkpoint import SCHEMA, never_narrowed
+from synapse_arch.model.checkpoint import CONFIG, SCHEMA, never_narrowed
+
+HF_TYPE, HF_PREFIX = "synapse", "model."
+"""What synapse_arch.hf calls its models in config.json, and puts before the names of their tensors."""
 
 
 class Inputs(NamedTuple):
@@ -151,12 +154,16 @@ def plan(recipe: Recipe, inputs: Inputs) -> tuple[Step, ...]:
 
 
 def _not_narrowed(base: Checkpoint) -> frozenset[str]:
-    """The tensors of a SynapseModel that loading it does not narrow either."""
+    """The tensors of a SynapseModel that loading it does not narrow either, as they are called in this folder."""
+    config, prefix = base.metadata.get("config", "{}"), ""
     if base.metadata.get("schema") != SCHEMA:
-        return frozenset()
+        beside = json_object(base.path / CONFIG) or {}
+        if beside.get("model_type") != HF_TYPE:
+            return frozenset()
+        config, prefix = json.dumps(beside.get("synapse") or {}), HF_PREFIX
     with torch.device("meta"):
-        model = SynapseModel(SynapseConfig.from_dict(json.loads(base.metadata["config"])))
-    return never_narrowed(model)
+        model = SynapseModel(SynapseConfig.from_dict(json.loads(config)))
+    return frozenset(f"{prefix}{name}" for name in never_narrowed(model))
 
 
 def _step(recipe: Recipe, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Step:
@@ -324,7 +331,7 @@ def merge(
             raise
         notes = (*config_notes(inputs.base, inputs.models), *(lineage.notes() if recipe.base is not None else ()))
         distances = lineage.distances if recipe.base is not None else {}
-        copy_companions(inputs.base.path, folder)
+        copy_companions(inputs.base.path, folder, dtype=recipe.dtype)
         rows = [
             (role, source.label, digest.result() if digest else None)
             for (role, source), digest in zip(roles, digests, strict=True)

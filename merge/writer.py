@@ -17,6 +17,7 @@ from torch import Tensor
 from merge.io import DTYPES
 from synapse_arch.errors import CheckpointError, ConfigError, explain
 from synapse_arch.model import _files
+from synapse_arch.model.checkpoint import CONFIG
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SPARE = 1 << 20
@@ -211,8 +212,13 @@ def _write(file: Any, tensor: Tensor) -> None:
         memory = memory[file.write(memory) :]
 
 
-def copy_companions(source: Path, folder: Path) -> list[str]:
+def copy_companions(source: Path, folder: Path, *, dtype: str | None = None) -> list[str]:
     """Copies configuration, tokenizer and the like from a model folder; weights, cards and everything else stay.
+
+    Args:
+        source: what is copied from.
+        folder: what is copied into.
+        dtype: of the weights, for a config.json that names one; None leaves it as it is.
 
     Returns:
         The names of the files copied.
@@ -224,4 +230,14 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
     copied = sorted(path for path in found if path.suffix not in weights and not path.name.endswith(".index.json"))
     for path in copied:
         shutil.copyfile(path, folder / path.name)
+    if dtype is not None and (folder / CONFIG).is_file():
+        _name_dtype(folder / CONFIG, dtype)
     return [path.name for path in copied]
+
+
+def _name_dtype(path: Path, dtype: str) -> None:
+    """Writes the weights' dtype into a Hugging Face configuration that names one, under either of its keys."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    named = {"dtype", "torch_dtype"} & config.keys() if isinstance(config, dict) else set()
+    if named:
+        path.write_text(json.dumps(config | dict.fromkeys(named, dtype), indent=2) + "\n", encoding="utf-8")

@@ -285,6 +285,22 @@ def test_a_narrow_result_keeps_what_loading_keeps() -> None:
     assert {n: x.dtype for n, x in merged.state_dict().items()} == {n: x.dtype for n, x in loaded.state_dict().items()}
 
 
+def test_a_narrow_result_of_hugging_face_folders_keeps_it_too(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from synapse_arch.hf import SynapseForCausalLM
+
+    for name in ("base", "a"):
+        SynapseForCausalLM.from_core(SynapseModel.from_pretrained(name)).save_pretrained(f"hf-{name}")
+    assert main(["--base", "hf-base", "--models", "hf-a", "--dtype", "bfloat16", "--out", "out", "--quiet"]) == 0
+    loaded = SynapseModel.from_pretrained("base", dtype=torch.bfloat16)
+    expected = {f"model.{name}": tensor.dtype for name, tensor in loaded.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in weights("out").items()} == expected
+    assert len(set(expected.values())) > 1
+    assert json.loads(Path("out/config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    merged = SynapseForCausalLM.from_pretrained("out").state_dict()
+    assert {name: tensor.dtype for name, tensor in merged.items()} == expected
+
+
 @pytest.mark.parametrize("words", [["--lambda", "1e300"], ["--weights", "1e300", "1"]])
 def test_numbers_that_float32_does_not_have_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--base", "base", "--models", "a", "b", "--out", "out", "--quiet", *words]) == 2

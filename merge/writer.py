@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from synapse_arch.model.checkpoint import CONFIG
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SPARE = 1 << 20
 """Bytes for headers, configuration and model card."""
-_ASIDE = ".synapse-merge-"
+_ASIDE, _OLDER = ".synapse-merge-", ".older"
 _COPIED = (
     "config.json", "generation_config.json", "*tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "*.model", "*.tiktoken", "*processor_config.json", "*.py",
@@ -42,6 +42,8 @@ class Entry(NamedTuple):
 def check_target(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     """Refuses an output that would touch an input or something else that is there.
 
+    What a killed process had moved away from there comes back first.
+
     Args:
         out: the folder.
         inputs: folders and files; of a folder its files count as well, wherever they are links to.
@@ -56,6 +58,8 @@ def check_target(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
         source = path.resolve()
         if place == source or place in source.parents or source in place.parents:
             raise ConfigError(explain("out", "a folder apart from the inputs", f"{out}, and {path} is an input"))
+    with suppress(OSError):  # said when it is written
+        _sweep(out)
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -82,7 +86,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out` to write into, which takes its place at the end; after an error nothing is left.
 
     An older folder is replaced by two renames and then removed. What a killed process left behind is removed by the
-    next one that writes to the same place.
+    next one that writes to the same place, or put back where it was killed between the two.
 
     Raises:
         CheckpointError: it could not be written.
@@ -110,7 +114,7 @@ def _replace(aside: Path, out: Path) -> None:
         os.rename(aside, out)
         _files.sync_directory(out.parent)
         return
-    older = aside.with_name(f"{aside.name}.older")
+    older = aside.with_name(f"{aside.name}{_OLDER}")
     os.rename(out, older)
     try:
         os.rename(aside, out)
@@ -137,12 +141,21 @@ def _lock(folder: Path) -> int | None:
 
 
 def _sweep(out: Path) -> None:
-    """Removes what killed processes left of a folder of this name."""
-    for left in out.parent.glob(f"{_ASIDE}{out.name}-*"):
-        name = left.name.removeprefix(f"{_ASIDE}{out.name}-")
-        if len(name) == 32 and (lock := _lock(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
+    """Removes what killed processes left of a folder of this name; one that they had only moved away comes back."""
+    prefix = f"{_ASIDE}{out.name}-"
+    for left in sorted(out.parent.glob(f"{prefix}*")):  # each new folder before the older one that made room for it
+        name = left.name.removeprefix(prefix)
+        if len(name.removesuffix(_OLDER)) != 32:
+            continue
+        if not name.endswith(_OLDER):
+            if (lock := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+        elif not left.with_name(left.name.removesuffix(_OLDER)).exists():  # else its process is at work
+            if os.path.lexists(out):
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                os.rename(left, out)
 
 
 def write_weights(

@@ -300,6 +300,46 @@ def test_killed_in_the_middle() -> None:
     assert left_over() == ["out"]
 
 
+BETWEEN = """
+import os, signal, sys
+from merge.cli import main
+rename = os.rename
+def killed(*names):
+    rename(*names)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.rename = killed
+main(["--base", "base", "--models", "a", "b", "--out", "out", "--quiet", "--overwrite"])
+"""
+
+
+def test_killed_between_the_two_renames(capsys: pytest.CaptureFixture[str]) -> None:
+    """The earlier result comes back, and is not replaced without being asked."""
+    assert merging("--density", "1") == 0
+    first = weights("out")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", BETWEEN], env=environment, check=False).returncode == -signal.SIGKILL
+    assert not Path("out").exists()
+    assert merging() == 2
+    assert "name another, or --overwrite" in capsys.readouterr().err
+    assert left_over() == ["out"]
+    assert_same_tensors(weights("out"), first)
+
+
+def test_an_older_folder_that_could_not_be_removed_goes_with_the_next_merge() -> None:
+    assert merging() == 0
+    left = Path(f".synapse-merge-out-{'0' * 32}.older")
+    shutil.copytree("out", left)
+    at_work = left.with_suffix("")
+    at_work.mkdir()
+    lock = writer._lock(at_work)
+    assert merging("--overwrite") == 0
+    assert left.is_dir()
+    assert lock is not None
+    os.close(lock)
+    assert merging("--overwrite") == 0
+    assert left_over() == ["out"]
+
+
 def test_what_was_there_comes_back_where_the_result_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

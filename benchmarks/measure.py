@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -12,7 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -186,6 +188,37 @@ def write_report(path: Path, place: dict[str, Any], figures: Iterable[Figure], *
     report = {"environment": place, **more, "figures": [figure.to_dict() for figure in figures]}
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}", file=sys.stderr)
+
+
+@contextmanager
+def growing_report(path: Path | None, place: dict[str, Any]) -> Iterator[Callable[[Iterable[Figure]], None]]:
+    """A benchmark's JSON that is written beside its place after every part, and takes its place at the end.
+
+    Where the benchmark is broken off, what was measured stays there, and an earlier file is as it was.
+
+    Args:
+        path: the file; None for none.
+        place: of `environment`.
+
+    Yields:
+        what writes all figures so far.
+    """
+    written: list[Path] = []
+
+    def write(figures: Iterable[Figure]) -> None:
+        if path is not None:
+            written[:] = [path.with_name(f"{path.name}.partial")]
+            write_report(written[0], place, figures)
+
+    try:
+        yield write
+    except BaseException:
+        for part in written:
+            print(f"broken off; what was measured is in {part}", file=sys.stderr)
+        raise
+    for part in written:
+        os.replace(part, part.with_suffix(""))
+        print(f"all of it is in {path}", file=sys.stderr)
 
 
 def machine_slug(place: dict[str, Any]) -> str:

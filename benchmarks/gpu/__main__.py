@@ -4,7 +4,8 @@
     python -m benchmarks.gpu --quick                small sizes: shows that everything runs, on a CPU too
     python -m benchmarks.gpu --only limits parity   parts of it
 
-The file is written after every part, and a part that fails is a figure that misses its goal: the others still run.
+The file is written beside its place after every part and takes it at the end. A part that fails is a figure that misses
+its goal: the others still run.
 No backend is timed on an op before it equals the loop in float64. The exit status is 1 when a goal is missed.
 """
 
@@ -23,7 +24,7 @@ import torch
 from benchmarks.gpu import decoding, ops, parity, training
 from benchmarks.gpu.timing import attempt, limits
 from benchmarks.gpu.tuning import few_configs
-from benchmarks.measure import ROOT, Figure, environment, table, write_report
+from benchmarks.measure import ROOT, Figure, environment, growing_report, table
 from synapse_arch import ExpertsConfig, MemoryConfig, SynapseConfig, ThalamusConfig, XLSTMConfig
 from synapse_arch.ops import _triton
 
@@ -137,13 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = ROOT / "benchmarks" / "results" / f"gpu-{slug(place['gpu'])}.json"
     chosen = options.only or list(PARTS)
     wanted = [name for name in PARTS if name in chosen or any(name in NEEDS.get(other, ()) for other in chosen)]
-    for index, name in enumerate(wanted):
-        print(f"[{index + 1}/{len(wanted)}] {time.perf_counter() - run.started:5.0f} s  {name} ...", file=sys.stderr)
-        found = _guarded(name, run)
-        figures += [f if f.exact or not options.quick else replace(f, goal=None) for f in found]
-        if path is not None:
-            write_report(path, place, figures)
-        print(table(found), flush=True)
+    with growing_report(path, place) as write:
+        for index, name in enumerate(wanted):
+            seconds = time.perf_counter() - run.started
+            print(f"[{index + 1}/{len(wanted)}] {seconds:5.0f} s  {name} ...", file=sys.stderr)
+            found = _guarded(name, run)
+            figures += [f if f.exact or not options.quick else replace(f, goal=None) for f in found]
+            write(figures)
+            print(table(found), flush=True)
     print(f"{place.get('gpu', place['cpu'])}, torch {place['torch']}, kernels: {place['kernels']}")
     print(table(figures))
     return int(any(figure.met is False for figure in figures))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.measure import ROOT, Figure, environment, machine_slug, table, write_report
+from benchmarks.measure import ROOT, Figure, environment, growing_report, machine_slug, table
 from benchmarks.peers.suite import MEASUREMENTS, QUICK, Sizes, measure
 
 
@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path is None and not (options.quick or options.only):
         path = ROOT / "benchmarks" / "results" / f"peers-{machine_slug(place)}.json"
     figures: list[Figure] = []
-    for index, name in enumerate(wanted):
-        print(f"[{index + 1}/{len(wanted)}] {name} ...", file=sys.stderr)
-        found = measure(name, sizes)
-        figures += [f if f.exact or not options.quick else replace(f, goal=None) for f in found]
-        if path is not None:  # after every part: an hour's work is not lost with its last minute
-            write_report(path, place, figures)
+    with growing_report(path, place) as write:
+        for index, name in enumerate(wanted):
+            print(f"[{index + 1}/{len(wanted)}] {name} ...", file=sys.stderr)
+            found = measure(name, sizes)
+            figures += [f if f.exact or not options.quick else replace(f, goal=None) for f in found]
+            write(figures)  # after every part: an hour's work is not lost with its last minute
     print(f"{place['cpu']}, {place['threads']} threads, torch {place['torch']}, {place['dtype']}")
     print(table(figures))
     return int(any(figure.met is False for figure in figures))

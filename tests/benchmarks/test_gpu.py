@@ -44,6 +44,19 @@ def test_a_part_that_fails_takes_no_other_with_it(
     assert "out of luck" in capsys.readouterr().err
 
 
+def test_an_earlier_file_outlives_a_run_that_is_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoding, "measure", broken)
+    file = tmp_path / "gpu.json"
+    file.write_text("earlier")
+    with pytest.raises(KeyboardInterrupt):
+        program.main(["--quick", "--only", "decoding", "--out", str(file)])
+    assert file.read_text() == "earlier"
+    assert json.loads(file.with_name("gpu.json.partial").read_text())["figures"]
+
+
 def test_without_a_gpu_only_small_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main([]) == 2
     assert "--quick" in capsys.readouterr().err

@@ -107,6 +107,29 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "best peer's time over ours" in capsys.readouterr().out
 
 
+def test_an_earlier_file_outlives_a_run_that_is_broken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(name: str, sizes: suite.Sizes) -> list[Figure]:
+        if name == broken:
+            raise KeyboardInterrupt
+        return [Figure(what=name, values=(1.0,), unit="ratio")]
+
+    monkeypatch.setattr(program, "measure", measure)
+    file, partial = tmp_path / "peers.json", tmp_path / "peers.json.partial"
+    file.write_text("earlier")
+    broken = "decoding"
+    with pytest.raises(KeyboardInterrupt):
+        program.main(["--out", str(file)])
+    assert file.read_text() == "earlier"
+    assert [figure["what"] for figure in json.loads(partial.read_text())["figures"]][:1] == ["ops"]
+    assert f"what was measured is in {partial}" in capsys.readouterr().err
+    broken = ""
+    assert program.main(["--out", str(file)]) == 0
+    assert [figure["what"] for figure in json.loads(file.read_text())["figures"]] == list(suite.MEASUREMENTS)
+    assert not partial.exists()
+
+
 def test_the_command_runs_as_users_run_it() -> None:
     """With -m, where a fresh process cannot find what the command's own file defines."""
     command = [sys.executable, "-m", "benchmarks.peers", "--quick", "--only", "dispatch"]

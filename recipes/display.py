@@ -79,9 +79,13 @@ def clock(seconds: float) -> str:
 
 
 def comparison(model: float, others: dict[str, float], *, count: int, documents: int) -> str:
-    """The table of held-out bits per byte, the best first, with bars."""
-    rows = sorted([("this model", model), *others.items()], key=lambda row: row[1])
-    widest = max(value for _, value in rows)
+    """The table of held-out bits per byte, the best first, with bars; what is not a finite number comes last."""
+    rows = sorted([("this model", model), *others.items()], key=lambda row: (not math.isfinite(row[1]), row[1]))
+    widest = max((value for _, value in rows if math.isfinite(value)), default=1.0)
     lines = [f"Held-out bits per byte ({count:,} bytes of {documents} documents the model was not trained on)"]
-    lines += [f"  {name:<10} {value:6.3f}  {'█' * max(1, round(40 * value / widest))}" for name, value in rows]
+    lines += [f"  {name:<10} {value:6.3f}  {_bar(value, widest)}" for name, value in rows]
     return "\n".join(lines)
+
+
+def _bar(value: float, widest: float) -> str:
+    return "█" * max(1, round(40 * value / widest)) if math.isfinite(value) else "not a finite number"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import sys
 from dataclasses import asdict, replace
@@ -150,9 +151,13 @@ def report(trainer: Trainer, command: Command) -> None:
     progress = trainer.progress
     figures = {"bits_per_byte": {"model": bits.per_byte, **rivals}, "bytes": bits.count}
     checkpoint.write_json(trainer.out / checkpoint.RESULT_FILE, {**asdict(progress), **figures})
-    with eagerly(trainer.config.compile):
-        show(trainer, command, text)
-    if (trainer.out / checkpoint.LOG_FILE).exists():  # not after a handful of steps
+    if math.isfinite(bits.per_byte):  # else there is nothing to see
+        with eagerly(trainer.config.compile):
+            show(trainer, command, text)
+    else:
+        print("The model computes no finite numbers any more: train anew, with a smaller learning rate.")
+    log = trainer.out / checkpoint.LOG_FILE
+    if log.exists() and log.stat().st_size:  # not after a handful of steps, nor where all that was logged was lost
         picture = curves.draw(trainer.out)
         print(f"Curves of the run are in {picture}" if picture else f"No picture of the run: {curves.MISSING}")
     folder = checkpoint.latest(trainer.out)

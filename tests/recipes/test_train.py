@@ -342,6 +342,27 @@ def test_what_a_killed_run_left_half_written_is_ignored_and_swept(tmp_path: Path
     assert len(losses(tmp_path)) == 1
 
 
+def test_a_run_whose_logged_steps_were_all_lost_ends_without_curves(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed behind the first line of its log and before a checkpoint, it goes on with an empty one."""
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "3"]) == 0
+    (tmp_path / "log.jsonl").write_text('{"step": 10, "seconds": 1.0}\n', encoding="utf-8")
+    assert main(["--out", str(tmp_path), "--resume", "--steps", "5", "--sample-tokens", "0"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("error") == 0
+    assert "Curves" not in shown.out
+
+
+def test_a_model_that_diverged_is_reported_as_such(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "2", "--lr", "1e30"]) == 0
+    shown = capsys.readouterr().out
+    assert "this model    nan  not a finite number" in shown
+    assert "a smaller learning rate" in shown
+
+
 def test_steps_lost_here_and_there_do_not_end_a_run(
     tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

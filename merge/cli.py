@@ -245,7 +245,7 @@ def _run(options: dict[str, Any]) -> int:
         print(f"note: {note}", file=sys.stderr)
     if options["report"]:
         try:
-            write_report(recipe, options["out"], progress=not options["quiet"])
+            write_report(recipe, options["out"].resolve(), progress=not options["quiet"])
         except KeyboardInterrupt:
             print(f"interrupted; the model is in {options['out']}, the report was not written", file=sys.stderr)
             return 130

@@ -50,7 +50,8 @@ def check_target(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
         overwrite: whether `out` may be there.
 
     Raises:
-        ConfigError: `out` is or holds an input, or lies in one, or is there and not to be overwritten.
+        ConfigError: `out` is or holds an input, or lies in one, or is there and not to be overwritten, or is where this
+            process works or a disk is mounted, which cannot be renamed.
     """
     place = out.resolve()
     files = (file for path in inputs if path.is_dir() for file in path.iterdir() if file.is_file())
@@ -59,13 +60,16 @@ def check_target(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
         if place == source or place in source.parents or source in place.parents:
             raise ConfigError(explain("out", "a folder apart from the inputs", f"{out}, and {path} is an input"))
     with suppress(OSError):  # said when it is written
-        _sweep(out)
-    if not os.path.lexists(out):
+        _sweep(place)
+    if not (os.path.lexists(out) or place.exists()):
         return
     if not overwrite:
         raise ConfigError(explain("out", "a folder that is not there yet", f"{out}", "name another, or --overwrite"))
-    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not any(out.glob("*.safetensors"))):
+    if not place.is_dir() or out.is_symlink() or (any(place.iterdir()) and not any(place.glob("*.safetensors"))):
         raise ConfigError(explain("out", "a model folder to overwrite", f"{out}, which is something else"))
+    if os.path.ismount(place) or Path.cwd().is_relative_to(place):
+        got = f"{out}, the current one, one above it or the root of a disk"
+        raise ConfigError(explain("out", "a folder that can be renamed", got, "name one below it"))
 
 
 def check_room(out: Path, size: int) -> None:
@@ -91,16 +95,17 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: it could not be written.
     """
-    aside = out.parent / f"{_ASIDE}{out.name}-{uuid.uuid4().hex}"
+    place = out.resolve()  # "." and ".." have no names
+    aside = place.with_name(f"{_ASIDE}{place.name}-{uuid.uuid4().hex}")
     lock = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(place)
         aside.mkdir()
         lock = _lock(aside)
         yield aside
         _files.sync_directory(aside)
-        _replace(aside, out)
+        _replace(aside, place)
     except OSError as cause:
         raise _files.write_failed(out, cause, "what was there is as it was", CheckpointError) from cause
     finally:

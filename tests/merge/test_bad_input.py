@@ -235,6 +235,25 @@ def test_an_output_that_holds_what_an_input_links_to_is_refused(capsys: pytest.C
         assert_same_tensors(weights("real"), before)
 
 
+def test_where_a_folder_cannot_be_renamed_nothing_is_merged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert merging(out="above") == 0
+    Path("above/below").mkdir()
+    words = ["--base", "../../base", "--models", "../../a", "../../b", "--overwrite", "--quiet", "--out"]
+    with monkeypatch.context() as patch:
+        patch.chdir("above/below")
+        assert main([*words, ".."]) == 2
+        assert "out: expected a folder that can be renamed, got .., the current one" in capsys.readouterr().err
+        assert main([*words, "new/.."]) == 2
+        assert main([*words, "../below/new/../merged", "--report"]) == 0
+        assert [path.name for path in Path().iterdir()] == ["merged"]
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "above")
+    monkeypatch.setattr(run, "stream", None)
+    assert merging("--overwrite", out="above") == 2
+    assert "the root of a disk; name one below it" in capsys.readouterr().err
+
+
 def test_no_room_is_said_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -97,14 +98,19 @@ def unsourced(record: Record) -> list[str]:
     return missing if "seed" in record or record.get("seeds") else [*missing, "seed"]
 
 
+def scored(record: Record) -> bool:
+    """Whether a record's score is a finite number, as that of a run that diverged is not."""
+    return math.isfinite(record["score"])
+
+
 def best(records: Iterable[Record]) -> Cell:
     """Of the records of one task and model: all seeds in the best cell.
 
-    Where some runs were longer, only those of the most steps count. Among the (learning rate, weight decay) with the
-    most seeds the best median wins, the smaller pair of equals: a grid is run with one seed and its best cell with
-    all, so a cell that was tried once does not compete with one that was repeated.
+    Runs without a finite score are left out; where some were longer, only those of the most steps count. Among the
+    (learning rate, weight decay) with the most seeds the best median wins, the smaller pair of equals: a grid is run
+    with one seed and its best cell with all, so a cell that was tried once does not compete with one that was repeated.
     """
-    records = list(records)
+    records = list(filter(scored, records))
     most = max((record["steps"] for record in records), default=0)
     cells: dict[tuple[float, float], list[Record]] = {}
     for record in records:

@@ -75,7 +75,8 @@ def perform(
 ) -> dict[str, Any]:
     """The record of a run: read if it is finished, gone on with if it was interrupted, or else made.
 
-    What was finished or begun under the same name by another configuration, number of steps or precision is made anew.
+    What was finished or begun under the same name by another configuration, number of steps or precision is made anew,
+    and so is what diverged; that leaves a file that ends in .diverged and is no record.
 
     Args:
         run: what to train.
@@ -83,6 +84,9 @@ def perform(
         unfinished: folder of what is needed to go on.
         device: "cpu" or "cuda".
         bf16: matrix products under autocast.
+
+    Raises:
+        FloatingPointError: it diverged.
     """
     task, protocol = TASKS[run.task], TASKS[run.task].protocols[run.scale]
     torch.manual_seed(run.seed)
@@ -94,19 +98,32 @@ def perform(
     autocast = "bf16" if bf16 else "no"
     plan = json.loads(json.dumps(_plan(protocol, trainer, learner)))
     plan["autocast"] = autocast
-    if known is not None and plan.items() <= {**known, "autocast": known["machine"]["autocast"]}.items():
+    if (
+        known is not None
+        and records.scored(known)
+        and plan.items() <= {**known, "autocast": known["machine"]["autocast"]}.items()
+    ):
         return known
     kept = unfinished / f"{run.path}.pt"
     if kept.exists():
         state = torch.load(kept, weights_only=True, map_location=device)
         if state.pop("plan") == plan:
             trainer.restore(state)
-    with tqdm(total=trainer.steps, initial=trainer.progress.step, desc=str(run.path), leave=False) as bar:
-        trainer.run(partial(_show, bar), partial(_keep, trainer, plan, kept))
-    record = _record(run, task, protocol, trainer, learner)
+    diverged = results / f"{run.path}.diverged"
+    try:
+        with tqdm(total=trainer.steps, initial=trainer.progress.step, desc=str(run.path), leave=False) as bar:
+            trainer.run(partial(_show, bar), partial(_keep, trainer, plan, kept))
+        record = _record(run, task, protocol, trainer, learner)
+        if not records.scored(record):
+            raise FloatingPointError(f"{run.task}: a score of {record['score']}")
+    except FloatingPointError as error:
+        kept.unlink(missing_ok=True)
+        _write(diverged, {**asdict(run), **plan, "diverged": str(error), "at_step": trainer.progress.step})
+        raise
     record["machine"]["autocast"] = autocast
     _write(results / f"{run.path}.json", record)
     kept.unlink(missing_ok=True)
+    diverged.unlink(missing_ok=True)
     return record
 
 
@@ -164,7 +181,7 @@ def experiment(
     steps: int | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """One model on one task: the grid with the first seed, then all seeds in its best cell.
+    """One model on one task: the grid with the first seed, then all seeds in its best cell; what diverges is left out.
 
     Args:
         task: as in Run.
@@ -176,21 +193,27 @@ def experiment(
         options: of `perform`.
 
     Returns:
-        The records of the best cell, one a seed.
+        The records of the best cell, one a seed; none where every cell diverged.
     """
     protocol = TASKS[task].protocols[scale]
     cells = cells or tuple(itertools.product(protocol.lrs, protocol.weight_decays))
 
-    def run(cell: tuple[float, float], seed: int) -> dict[str, Any]:
+    def run(cell: tuple[float, float], seed: int) -> list[dict[str, Any]]:
         lr, decay = cell
         one = Run(task=task, model=model, lr=lr, weight_decay=decay, seed=seed, scale=scale, steps=steps)
-        return perform(one, **options)
+        try:
+            return [perform(one, **options)]
+        except FloatingPointError as error:
+            print(f"{one.path} diverged and is left out: {error}", file=sys.stderr)
+            return []
 
     best = cells[0]
     if len(cells) > 1:
-        chosen = records.best(run(cell, seeds[0]) for cell in cells)
+        chosen = records.best(record for cell in cells for record in run(cell, seeds[0]))
+        if not chosen.found:
+            return []
         best = (chosen.lr, chosen.weight_decay)
-    done = [run(best, seed) for seed in seeds]
+    done = [record for seed in seeds for record in run(best, seed)]
     scores = ", ".join(f"{record['score']:.4f}" for record in done)
-    print(f"{task} · {model}: lr {best[0]:g}, weight decay {best[1]:g}: {scores}", file=sys.stderr)
+    print(f"{task} · {model}: lr {best[0]:g}, weight decay {best[1]:g}: {scores or 'diverged'}", file=sys.stderr)
     return done

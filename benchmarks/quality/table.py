@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.quality.records import Cell, Record, best, read
+from benchmarks.quality.records import Cell, Record, best, read, scored
 from benchmarks.quality.tasks import TASKS
 
 COLUMNS = ("model", "steps", "score", "seeds", "learning rate", "tried")
@@ -16,7 +16,8 @@ def table(results: Path, tasks: Sequence[str] = ()) -> str:
 
     `tried` counts the learning rates and weight decays that the row's were chosen from.
     """
-    found = [record for record in read(results) if record["task"] in (tasks or TASKS)]  # there may be older ones
+    known = (record for record in read(results) if record["task"] in (tasks or TASKS))  # there may be older ones
+    found = list(filter(scored, known))
     kinds = sorted({(record["task"], record["scale"]) for record in found}, key=lambda kind: list(TASKS).index(kind[0]))
     return "\n\n".join(
         _of_task(*kind, [record for record in found if (record["task"], record["scale"]) == kind]) for kind in kinds

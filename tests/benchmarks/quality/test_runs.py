@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import budget, runs
+from benchmarks.quality import budget, runs, training
 from benchmarks.quality.models import build
 from benchmarks.quality.records import best
 from benchmarks.quality.runs import Run, experiment, perform
@@ -147,6 +147,49 @@ def test_the_grid_chooses_and_all_seeds_follow(tiny: Task, tmp_path: Path, monke
     monkeypatch.setattr(runs, "perform", pretend)
     experiment("tiny", "synapse", scale="cpu", seeds=(0, 1, 2))
     assert [(run.lr, run.seed) for run in ran] == [(1e-3, 0), (3e-3, 0), (3e-3, 0), (3e-3, 1), (3e-3, 2)]
+
+
+def test_a_learning_rate_that_diverges_is_left_out(
+    tiny: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "MOST_FAILURES", 2)
+    done = experiment(
+        "tiny", "synapse", scale="cpu", seeds=(0, 1), cells=((1e30, 0.0), (1e-3, 0.0)), **folders(tmp_path)
+    )
+    assert [(record["lr"], record["seed"]) for record in done] == [(1e-3, 0), (1e-3, 1)]
+    assert "synapse__lr1e+30_wd0_s0 diverged and is left out: tiny: 3 steps without" in capsys.readouterr().err
+    (file,) = (tmp_path / "results").rglob("*.diverged")
+    assert json.loads(file.read_text())["lr"] == 1e30
+    assert "1e+30" not in table(tmp_path / "results")
+    one = {"scale": "cpu", "seeds": (0,), **folders(tmp_path)}
+    assert experiment("tiny", "synapse", cells=((1e30, 0.0), (2e30, 0.0)), **one) == []
+    monkeypatch.setattr(Trainer, "step", lambda trainer: vars(trainer.progress).update(step=trainer.progress.step + 1))
+    assert len(experiment("tiny", "synapse", cells=((1e30, 0.0),), **one)) == 1  # tried again
+    assert not file.exists()
+
+
+def test_a_score_that_is_not_finite_is_never_a_record(
+    tiny: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = perform(RUN, **folders(tmp_path))
+    (file,) = (tmp_path / "results").rglob("*.json")
+    file.write_text(json.dumps(record | {"score": float("nan")}))
+    assert table(tmp_path / "results") == ""
+    assert perform(RUN, **folders(tmp_path))["score"] == record["score"]  # made anew
+    file.unlink()
+    monkeypatch.setattr(Trainer, "score", lambda trainer: float("nan"))
+    with pytest.raises(FloatingPointError, match="a score of nan"):
+        perform(RUN, **folders(tmp_path))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "bits_per_byte"])
+def test_best_never_takes_what_is_not_finite(metric: str) -> None:
+    scores = {1: (float("nan"), 0.9), 2: (float("inf"), -float("inf")), 3: (0.1,)}
+    found = [made_up("m", lr, s, score, metric=metric) for lr in scores for s, score in enumerate(scores[lr])]
+    assert best(found).lr == (1 if metric == "accuracy" else 3)
+    assert best(found).scores == [0.9 if metric == "accuracy" else 0.1]
+    assert not best(found[2:4]).found
 
 
 def test_best_takes_the_median_and_knows_that_fewer_bits_are_better() -> None:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from recipes.optim import optimizer_tensors, restore_optimizer
 from recipes.tokenizer import BYTES, TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -268,11 +267,10 @@ def save(
 def _save_whole(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Weights and averages as safetensors."""
     model.save_pretrained(folder)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in optimizer_tensors(model, optimizer).items()},
-        folder / TRAINER_TENSORS,
-        metadata={"schema": str(SCHEMA), "step": str(step)},
-    )
+    trainer = folder / TRAINER_TENSORS
+    _files.write_tensors(trainer, optimizer_tensors(model, optimizer), {"schema": str(SCHEMA), "step": str(step)})
+    for path in folder.glob("*.safetensors"):  # peft's are private, as safetensors makes them
+        path.chmod(trainer.stat().st_mode)
 
 
 def read_progress(folder: Path) -> Progress:

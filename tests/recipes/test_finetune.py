@@ -165,6 +165,8 @@ def test_a_run_learns(tmp_path: Path, files: Path, task: str, method: str) -> No
     if task == "dpo":
         assert lines[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)  # policy and reference are still the same
     folder = checkpoint.latest(tmp_path)
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1, "who may read one file of a checkpoint may read all"
     base = SynapseModel.from_pretrained(files / "base")
     ids = tokens(1, 5)
     before = base(ids).logits

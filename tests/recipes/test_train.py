@@ -190,7 +190,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "optimizer_tensors", full)
     assert main(["--out", str(tmp_path), "--resume", "--steps", "9", "--save-minutes", "1e-9"]) == 2
     said = capsys.readouterr()
     assert "training goes on" in said.out

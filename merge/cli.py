@@ -152,10 +152,11 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
                 "gamma", "seed", "align", "calibration", "dtype"):  # fmt: skip
         if key in options:
             values[key] = options[key]
-    if "overrides" in options:
-        values["overrides"] = [*values.get("overrides", []), *map(_override, options["overrides"])]
-    if "parameters" in options:
-        values["parameters"] = {**values.get("parameters", {}), **dict(map(_pair, options["parameters"]))}
+    overrides, parameters = values.get("overrides") or [], values.get("parameters") or {}
+    if "overrides" in options and isinstance(overrides, list):  # others are refused with the rest
+        values["overrides"] = [*overrides, *map(_override, options["overrides"])]
+    if "parameters" in options and isinstance(parameters, dict):
+        values["parameters"] = {**parameters, **dict(map(_pair, options["parameters"]))}
     if "models" not in values:
         raise ConfigError(explain("--models", "one or more paths", "none", "see --help"))
     return Recipe.from_dict(values)
@@ -228,7 +229,7 @@ def _run(options: dict[str, Any]) -> int:
         raise ConfigError(
             explain("--out", "a folder for the result", "none", "or list what would happen with --dry-run")
         )
-    if not 0 < options["max_shard"] < float("inf"):
+    if not 0 < options["max_shard"] * 2**30 < float("inf"):
         raise ConfigError(explain("--max-shard", "a size above 0 in GiB", options["max_shard"]))
     if options["report"]:
         check_reportable(recipe)

@@ -204,6 +204,9 @@ class Recipe:
             ConfigError: an unknown key, or a value of the wrong kind or out of range.
         """
         known = _known("recipe", Recipe, values)
+        for name in ("overrides", "parameters"):
+            if known.get(name) is None:  # a key with nothing behind it
+                known.pop(name, None)
         overrides = known.pop("overrides", ())
         if not isinstance(overrides, list | tuple) or not all(isinstance(one, Mapping) for one in overrides):
             raise ConfigError(explain("overrides", "a list of mappings", overrides))

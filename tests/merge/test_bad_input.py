@@ -189,6 +189,10 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
         "calibration: expected a text",
     ),
     "mergekit": (["--base", "base", "--models", "a", "--method", "mergekit:tise"], "mergekit:NAME with one of"),
+    "shard": (
+        ["--base", "base", "--models", "a", "--max-shard", "1e300"],
+        "--max-shard: expected a size above 0 in GiB",
+    ),
     "input": (["--base", "base", "--models", "a", "--overwrite", "--out", "a"], "apart from the inputs"),
     "inside": (["--base", "base", "--models", "a", "--out", "a/merged"], "apart from the inputs"),
 }

@@ -225,6 +225,20 @@ def test_overrides_and_recipe_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(listed.splitlines()) == len(base) + 1
 
 
+@pytest.mark.parametrize("words", [[], ["--override", "head.*", "skip"], ["--parameter", "int8_mask=false"]])
+def test_keys_with_nothing_behind_them(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.yaml").write_text("base: base\nmodels: [a, b]\noverrides:\nparameters:\n")
+    method = ["--method", "mergekit:ties"] if "--parameter" in words else []
+    if method:
+        pytest.importorskip("mergekit", reason="mergekit is not installed")
+    assert main(["--recipe", "r.yaml", *words, *method, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("the base's, kept") == ("skip" in words)
+    for key in ("overrides", "parameters"):
+        Path("r.yaml").write_text(f"base: base\nmodels: [a, b]\n{key}: 3\n")
+        assert main(["--recipe", "r.yaml", *words, *method, "--dry-run"]) == 2
+        assert f"{key}: expected a " in capsys.readouterr().err
+
+
 def test_a_recipe_and_its_dictionary_are_inverse() -> None:
     recipe = Recipe(
         base="base",

@@ -30,6 +30,8 @@ BYTES = "bytes"
 TOKENIZER_FILE = "tokenizer.json"
 OPENING = "<|document|>"
 """How a BPE's file calls id 0; text that reads so is split like any other."""
+MOST_ENTRIES = 1 << 24
+"""The library makes room for all of them at once."""
 EPILOG = """examples:
   python -m recipes.tokenizer --data my_notes/ --vocab-size 2048 --out notes.json
   python -m recipes.tokenizer --data pairs.jsonl --field prompt --vocab-size 8192 --out pairs.json
@@ -216,12 +218,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """A byte-level BPE of at most `vocab_size` entries: id 0, the 256 bytes, and merges of the commonest pairs.
 
     Raises:
-        ConfigError: a vocabulary without room for merges.
+        ConfigError: a vocabulary without room for merges, or of more than `MOST_ENTRIES`.
     """
     library = _tokenizers()
     if vocab_size <= 257:
         remedy = "that many are the separator and the bytes; without merges use the byte tokenizer"
         raise ConfigError(explain("--vocab-size", "more than 257", vocab_size, remedy))
+    if vocab_size > MOST_ENTRIES:
+        raise ConfigError(explain("--vocab-size", f"up to {MOST_ENTRIES}", vocab_size))
     inner = library.Tokenizer(library.models.BPE())
     inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = library.decoders.ByteLevel()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -59,6 +60,13 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(explain("--seconds", "a positive number", options.seconds))
     if options.steps is not None and options.steps < 1:
         raise ConfigError(explain("--steps", "1 or more", options.steps))
+    if not all(0 < lr < math.inf for lr in options.lr):
+        raise ConfigError(explain("--lr", "positive numbers", options.lr))
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        got = f"{options.device}: {str(error).partition(chr(10))[0]}"
+        raise ConfigError(explain("--device", "a device of this machine", got, "try cpu")) from error
     if options.weight_decay and not options.lr:
         raise ConfigError(explain("--weight-decay", "--lr beside it", "none", "both replace the task's grid"))
     if (options.time or options.seconds is not None) and (options.scale, options.device) != ("cpu", "cpu"):

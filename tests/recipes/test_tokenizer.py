@@ -92,5 +92,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["--data", str(tmp_path), "--vocab-size", "300", "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
     assert load_tokenizer(out).vocab_size <= 300
+    assert main(["--data", str(tmp_path), "--vocab-size", "1" + "0" * 20, "--out", str(out)]) == 2
+    assert "error: --vocab-size: expected up to 16777216" in capsys.readouterr().err
     assert main(["--data", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert capsys.readouterr().err.startswith("error: --data")

@@ -265,6 +265,9 @@ def test_command(tiny: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--seconds", "-1"], "--seconds"),
         (["--steps", "0"], "--steps"),
         (["--weight-decay", "0.1"], "--weight-decay"),
+        (["--lr", "1e-3", "0"], "--lr: expected positive numbers, got [0.001, 0.0]"),
+        (["--lr", "nan"], "--lr"),
+        (["--device", "cuda:99"], "--device: expected a device of this machine, got cuda:99"),
         (["--time", "--scale", "published"], "--time"),
         (["--time", "--results", "elsewhere"], "--time: expected no --results"),
     ):

@@ -81,8 +81,16 @@ def check_room(out: Path, size: int) -> None:
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < size + _SPARE:
-        need, have = f"{(size + _SPARE) / 1e9:.2f} GB free", f"{free / 1e9:.2f} GB"
+        need, have = f"{_readable(size + _SPARE)} free", _readable(free)
         raise CheckpointError(explain(str(out), need, have, "make room, or name another disk"))
+
+
+def _readable(size: int) -> str:
+    """A size in the largest unit of which it is one or more."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} bytes"
 
 
 @contextmanager

@@ -263,7 +263,10 @@ def test_no_room_is_said_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    fails(["--base", "base", "--models", "a", "--out", "out"], "make room", capsys)
+    size = sum(tensor.nbytes for tensor in weights("a").values()) + (1 << 20)
+    message = f"expected {size / 1e6:.2f} MB free, got 1.00 kB; make room"
+    fails(["--base", "base", "--models", "a", "--out", "out"], message, capsys)
+    assert [writer._readable(size) for size in (999, 10**6, 3 * 10**9)] == ["999 bytes", "1.00 MB", "3.00 GB"]
 
 
 def test_a_disk_that_fills_up_leaves_nothing(

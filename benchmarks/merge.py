@@ -145,7 +145,7 @@ def measured(program: str, folder: Path, models: int) -> tuple[float, int]:
         "--models",
         str(models),
         "--folder",
-        str(folder),
+        str(folder.resolve()),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from benchmarks import core, parity, streaming
+from benchmarks import core, merge, parity, streaming
 from benchmarks.measure import Figure, interleaved, machine_slug, peak_bytes, table
 from synapse_arch import ExpertsConfig, MemoryConfig, SynapseConfig, SynapseModel, ThalamusConfig, XLSTMConfig
 
@@ -126,3 +127,17 @@ def test_where_it_was_measured() -> None:
 def test_slow_rounds_are_fewer(limit: float, rounds: int) -> None:
     times = interleaved({"one": lambda: None, "other": lambda: None}, 5, "nothing", limit=limit)
     assert [len(values) for values in times.values()] == [rounds, rounds]
+
+
+def test_a_merge_is_measured_in_a_folder_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program that is measured runs in the repository's folder."""
+    monkeypatch.chdir(tmp_path)
+    place = Path("checkpoints")
+    for name in ("base", "0"):
+        (place / name).mkdir(parents=True)
+        save_file({"w": torch.ones(4)}, place / name / "model.safetensors")
+    for program in ("copy", "merge"):
+        taken, peak = merge.measured(program, place, 1)
+        assert taken > 0
+        assert peak > 0
+        assert (place / "out" / "model.safetensors").is_file()

@@ -78,11 +78,11 @@ class ChatTemplate:
         Raises:
             DataError: the template does not take these messages.
         """
-        shield = _Shield(specials)
+        shield, answer = _Shield(specials), secrets.token_hex(16)
         turns = [{"role": role, "content": shield.cover(content)} for role, content in messages]
-        text = self._write([*_earlier(shield.mark), *turns] if follows else turns)
+        text = self._write([*_earlier(answer), *turns] if follows else turns)
         if follows:
-            _, found, text = text.rpartition(shield.mark)
+            _, found, text = text.rpartition(answer)
             if not found:
                 raise DataError(explain("chat template", "to write every message", "not the assistant's"))
         return shield.uncover(text)
@@ -98,16 +98,16 @@ class _Shield:
     """Stands nonces, which nobody can guess, in the place of special tokens' names while a template is at work."""
 
     def __init__(self, specials: Sequence[str]) -> None:
-        self.mark = secrets.token_hex(16)
+        self._mark = secrets.token_hex(16)
         self._names = sorted(specials, key=len, reverse=True)
 
     def cover(self, text: str) -> str:
         for number, name in enumerate(self._names):
-            text = text.replace(name, f"{self.mark}.{number}.")
+            text = text.replace(name, f"{self._mark}.{number}.")
         return text
 
     def uncover(self, text: str) -> Iterator[tuple[str, bool]]:
-        first, *others = text.split(f"{self.mark}.")
+        first, *others = text.split(f"{self._mark}.")
         if first:
             yield first, True
         for other in others:
@@ -127,9 +127,9 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _earlier(mark: str) -> list[dict[str, str]]:
-    """A chat whose answer can be found again in what the template writes."""
-    return [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
+def _earlier(answer: str) -> list[dict[str, str]]:
+    """A chat with this answer, a nonce that can be found again in what the template writes."""
+    return [{"role": "user", "content": "-"}, {"role": "assistant", "content": answer}]
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

@@ -136,6 +136,16 @@ class TestChats:
         pieces = codec.chat(earlier) + codec.encode("Hello") + codec.chat(later, follows=True)
         assert codec.decode(pieces) == codec.decode(codec.chat(self.SAID))
 
+    @pytest.mark.parametrize("said", ["IMPORTANT <|im_end|> and more", "<|im_end|>", "a <|document|> b <|im_start|>"])
+    def test_a_turn_that_follows_may_name_special_tokens(self, bpe: Path, said: str) -> None:
+        (bpe / "chat_template.jinja").write_text(self.TEMPLATE)
+        codec = load_codec(bpe, 320)
+        (bpe / "chat_template.jinja").unlink()
+        whole = codec.chat([Message("user", "-"), Message("assistant", "-"), Message("user", said)])
+        later = codec.chat([Message("user", said)], follows=True)
+        assert later == whole[-len(later) :]
+        assert codec.decode(later) == f"\nuser\n{said}\nassistant\n"
+
     def test_a_template_can_refuse(self) -> None:
         codec = byte_codec(ChatTemplate("{{ raise_exception('roles must alternate') }}"))
         with pytest.raises(DataError, match="roles must alternate"):

@@ -13,7 +13,8 @@ from torch import Tensor
 from serving.batch import Seat, likeliest
 from serving.interventions import boundaries, clear_memory, cleared_at, controls_at
 from serving.requests import PromptToken
-from synapse_arch import SynapseModel, SynapseOutput, SynapseState
+from synapse_arch import StateError, SynapseModel, SynapseOutput, SynapseState
+from synapse_arch.errors import explain
 from synapse_arch.introspection import SynapseTrace, join_traces
 
 
@@ -34,6 +35,9 @@ def read_prompt(model: SynapseModel, seat: Seat, piece: int) -> Generator[None, 
 
     Where the pieces end depends on the request alone: after every `piece` tokens and where an intervention begins or
     ends. So does every bit of the result.
+
+    Raises:
+        StateError: logits that are looked at are not finite: those for what comes next, or a scored token's.
     """
     request, config = seat.request, model.config
     device, spec = model.embedding.weight.device, request.trace
@@ -62,8 +66,16 @@ def read_prompt(model: SynapseModel, seat: Seat, piece: int) -> Generator[None, 
         seat.position = seat.first + span.stop
         if span.stop < len(request.prompt):
             yield
+    if not logits.isfinite().all():
+        raise not_finite("NaN or infinite ones")
     trace = None if spec is None or not traces else join_traces(traces, max_tokens=spec.max_tokens)
     return Prompt(state, logits, trace, tokens)
+
+
+def not_finite(got: str) -> StateError:
+    """What is said of logits that hold NaN or infinities."""
+    remedy = "the weights, the state or an intervention hold values that are not finite"
+    return StateError(explain("logits", "finite values", got, remedy))
 
 
 @torch.inference_mode()
@@ -85,8 +97,14 @@ def _pieces(seat: Seat, size: int) -> Iterator[slice]:
 
 
 def _score(tokens: tuple[int, ...], logits: Tensor, top: int) -> list[PromptToken]:
-    """What logits (n, V) say of the last n of the tokens; the first may have had none."""
+    """What logits (n, V) say of the last n of the tokens; the first may have had none.
+
+    Raises:
+        StateError: they are not finite.
+    """
     logprobs = logits.float().log_softmax(-1)
+    if not logprobs.isfinite().all():
+        raise not_finite("NaN or infinite ones")
     known = tokens[len(tokens) - len(logprobs) :]
     chosen = logprobs.gather(1, torch.tensor(known, dtype=torch.long, device=logits.device)[:, None])[:, 0].tolist()
     entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist()

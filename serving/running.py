@@ -9,11 +9,10 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from serving.batch import Batch, Choice, Seat
-from serving.prefill import Prompt, read_on
+from serving.prefill import Prompt, not_finite, read_on
 from serving.requests import Done, Finish, PromptRead, RowTrace, Stops, TextStops, Timing, Token
 from serving.tickets import Ticket
-from synapse_arch import StateError, SynapseState
-from synapse_arch.errors import explain
+from synapse_arch import SynapseState
 from synapse_arch.model.sampling import StopMatcher
 
 
@@ -76,8 +75,7 @@ class Running:
             StateError: the logits it was drawn from are not finite.
         """
         if not math.isfinite(choice.logprob):
-            remedy = "the weights, the state or an intervention hold values that are not finite"
-            raise StateError(explain("logits", "finite values", f"log-probability {choice.logprob}", remedy))
+            raise not_finite(f"log-probability {choice.logprob}")
         found = self.stops.push(choice.token)
         if found.matched:
             state: SynapseState | None = None

@@ -69,7 +69,7 @@ EXPERT = _object({
 })  # fmt: skip
 
 END = {"type": "array", "items": COUNT, "minItems": 2, "maxItems": 2}
-PATHWAY = _object({"from": END, "to": END, "weight": {"type": "number"}, "hebbian": {"type": "number"}})
+PATHWAY = _object({"from": END, "to": END, "weight": NUMBER, "hebbian": {"type": "number"}})
 
 HEAD = {
     "schema": {"const": SCHEMA},

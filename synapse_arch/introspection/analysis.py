@@ -5,6 +5,7 @@ Runs after the forward pass, on the host. B rows, n kept tokens, k experts a tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -57,8 +58,9 @@ class Pathway:
     co-activation of the pair, mean over rows."""
 
     def to_dict(self) -> dict[str, Any]:
-        """{"from", "to", "weight", "hebbian"}."""
-        return {"from": list(self.source), "to": list(self.target), "weight": self.weight, "hebbian": self.hebbian}
+        """{"from", "to", "weight", "hebbian"}; the weight is None where a mixing weight is NaN."""
+        weight = self.weight if math.isfinite(self.weight) else None
+        return {"from": list(self.source), "to": list(self.target), "weight": weight, "hebbian": self.hebbian}
 
 
 def pick_layer(layers: Sequence[LayerTrace], index: int) -> LayerTrace:

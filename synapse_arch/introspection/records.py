@@ -176,14 +176,16 @@ class MemoryTrace(_Record):
 
     @property
     def utilisation(self) -> Tensor:
-        """(B, H) in [0, 1]: effective rank of W over the largest possible; 0 for an empty memory.
+        """(B, H) in [0, 1]: effective rank of W over the largest possible; 0 for an empty memory, NaN for one that is
+        not finite.
 
         exp(-sum s ln s) / min(K, V), s the singular values over their sum (Roy & Vetterli 2007).
         """
-        values = torch.linalg.svdvals(self.weights)
+        finite = self.weights.isfinite().all(-1).all(-1)
+        values = torch.linalg.svdvals(torch.where(finite[..., None, None], self.weights, 0))
         share = values / values.sum(-1, keepdim=True)
         rank = torch.special.entr(share).sum(-1).exp() / values.shape[-1]
-        return torch.where(values[..., 0] > 0, rank, 0)
+        return torch.where(finite, torch.where(values[..., 0] > 0, rank, 0), torch.nan)
 
     @property
     def capacity(self) -> int:

@@ -196,6 +196,18 @@ def test_utilisation_is_effective_rank() -> None:
     assert trace.utilisation[0, 0] == 0
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_utilisation_of_what_is_not_finite_is_undefined(value: float) -> None:
+    w = rand(B, H, K, V, seed=4)
+    token = [x[:, :1] for x in memory_inputs("delta").values()]
+    sound = memory_trace(*token, token[2], w, w, TraceSpec(level="gates")).utilisation
+    w[0, 1, 1, 0] = value
+    found = memory_trace(*token, token[2], w, w, TraceSpec(level="gates")).utilisation
+    expected = sound.clone()
+    expected[0, 1] = torch.nan
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
+
+
 def cell_inputs() -> dict[str, Tensor]:
     return {
         "q": rand(B, T, H, K, seed=20),

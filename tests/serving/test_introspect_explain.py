@@ -218,6 +218,36 @@ def compare(client: TestClient, page: dict[str, Any], *changes: dict[str, Any], 
     return found
 
 
+ENDLESS = [{"kind": "scale_memory", "value": 1e6}] * 8
+"""Beyond what float32 holds."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 4])
+def test_what_is_not_finite_is_a_refusal_wherever_it_is_seen(max_tokens: int, stream: bool) -> None:
+    what = {"prompt": "hello world", "max_tokens": max_tokens, "stream": stream}
+    early, late = ([one | {"start": start} for one in ENDLESS] for start in (4, 14))
+    with client_of(make_app()) as client:
+        for changes in [early, late][: 1 + bool(max_tokens)]:
+            for url, more in (
+                ("/v1/completions", {"echo": True, "logprobs": 2}), ("/v1/completions", {"trace": {"level": "gates"}}),
+                ("/v1/completions", {}), (URL, {"level": "full"}),
+            ):  # fmt: skip
+                told = client.post(url, json=what | more | {"interventions": changes})
+                if not stream:
+                    assert "logits: expected finite values" in refused(told, 400)["message"]
+                elif url == URL:
+                    assert '"finish":"failed"' in told.text.split("event: done")[1]
+                else:
+                    assert "logits: expected finite values" in told.text.split("data: ")[-1]
+        for trace in client.get(URL).json()["traces"]:
+            page = client.get(f"{URL}/traces/{trace['trace_id']}").json()
+            assert page["request"]["finish"] == trace["finish"] == "failed"
+            assert client.get(f"{URL}/traces/{trace['trace_id']}.safetensors").status_code == 200
+        if max_tokens:
+            assert page["layers"][1]["memory"]["utilisation"] == [None, None]
+
+
 def test_the_divergence_is_that_of_the_predictions_under_the_intervention(client: TestClient) -> None:
     """KL and Jaccard against one plain pass and one with the controls set by hand."""
     page = run(client, prompt=PROMPT, max_tokens=6)

@@ -231,13 +231,14 @@ class Batch:
         return TraceSpec(level=max((spec.level for spec in specs), key=LEVELS.index), layers=layers, later=True)
 
     def _seen_by(self, row: int, trace: StepTrace | None) -> RowTrace | None:
-        """A row's part of the step's trace, None at the positions that its stride leaves out."""
+        """A row's part of the step's trace; without its token at the positions that the stride leaves out."""
         seat = self.seats[row]
         assert seat is not None
         spec = seat.request.trace
-        if spec is None or trace is None or (spec.start + seat.position - 1 - seat.first) % spec.every:
+        if spec is None or trace is None:
             return None
-        return RowTrace(trace, row, spec)
+        kept = (spec.start + seat.position - 1 - seat.first) % spec.every == 0
+        return RowTrace(trace, row, spec, kept)
 
     @torch.inference_mode()
     def _is_exact(self) -> bool:

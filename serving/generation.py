@@ -157,7 +157,7 @@ class Generation:
                     metrics.next_token(now - last)
                 last = now
                 shown = event.trace if self._inline else None
-                path = None if shown is None else await run_in_threadpool(route, shown)
+                path = await run_in_threadpool(route, shown) if shown is not None and shown.kept else None
                 yield Piece(output.index, decoder.decode(self._runtime.codec.token_bytes(event.id)), event, path)
             else:
                 if event.finish == "cancelled":
@@ -255,7 +255,7 @@ def route(trace: RowTrace) -> Route:
     """Where the latest token of a trace went, in the layers that were asked for."""
     layers = []
     for layer in trace.batch.layers:
-        if layer.routing is None or not layer.routing.experts.shape[1] or not trace.spec.covers(layer.index):
+        if layer.routing is None or not trace.spec.covers(layer.index):
             continue
         experts = layer.routing.experts[trace.row, -1].tolist()
         weights = layer.routing.weights[trace.row, -1].tolist()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
-from serving.rows import StepTrace, cut_trace
+from serving.rows import StepTrace, cut_trace, pick_tokens
 from synapse_arch import Sampling, SynapseState, TraceSpec
 from synapse_arch.errors import ConfigError, SynapseError, explain
 from synapse_arch.introspection import SynapseTrace
@@ -179,11 +179,13 @@ class RowTrace:
         source: the whole batch's trace, or what makes it.
         row: which of its rows.
         spec: what the row's request asked to see; others in the batch may have asked for more.
+        kept: whether it has the tokens; where the request's stride leaves them out, they still count.
     """
 
     source: SynapseTrace | StepTrace
     row: int
     spec: TraceSpec
+    kept: bool = True
 
     @property
     def batch(self) -> SynapseTrace:
@@ -192,7 +194,8 @@ class RowTrace:
 
     def get(self) -> SynapseTrace:
         """The row's trace, B = 1, in memory of its own."""
-        return cut_trace(self.batch, self.row, self.spec)
+        trace = cut_trace(self.batch, self.row, self.spec)
+        return trace if self.kept else pick_tokens(trace, slice(0))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from synapse_arch import SynapseState, TraceSpec
 from synapse_arch.introspection import ExpertTrace, GateTrace, LayerTrace, MemoryTrace, RoutingTrace, SynapseTrace
+from synapse_arch.introspection.joining import PER_TOKEN
 from synapse_arch.model.state import map_tensors
 
 Record = TypeVar("Record", RoutingTrace, ExpertTrace, GateTrace, MemoryTrace, SynapseTrace)
+Series = TypeVar("Series", RoutingTrace, GateTrace, MemoryTrace)
 
 
 class StepTrace:
@@ -50,6 +52,27 @@ def cut_trace(batch: SynapseTrace, row: int, spec: TraceSpec) -> SynapseTrace:
     """
     layers = tuple(_cut_layer(layer, row, spec) for layer in batch.layers if spec.covers(layer.index))
     return dataclasses.replace(_cut(batch, row), level=spec.level, layers=layers)
+
+
+def pick_tokens(trace: SynapseTrace, which: slice | Tensor) -> SynapseTrace:
+    """The trace with some of its tokens, and with all that it says of the whole pass."""
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            routing=None if layer.routing is None else _pick(layer.routing, which),
+            gates=None if layer.gates is None else _pick(layer.gates, which),
+            memory=None if layer.memory is None else _pick(layer.memory, which),
+        )
+        for layer in trace.layers
+    )
+    tokens, at, positions = trace.tokens[:, which], trace.at[:, which], trace.positions[which]
+    return dataclasses.replace(trace, tokens=tokens, at=at, positions=positions, layers=layers)
+
+
+def _pick(record: Series, which: slice | Tensor) -> Series:
+    values = ((name, getattr(record, name)) for name in PER_TOKEN[type(record)])
+    columns = {name: value[:, which] for name, value in values if value is not None}
+    return dataclasses.replace(record, positions=record.positions[which], **columns)
 
 
 def _cut_layer(layer: LayerTrace, row: int, spec: TraceSpec) -> LayerTrace:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from serving.requests import RowTrace
-from serving.rows import cut_trace
+from serving.rows import cut_trace, pick_tokens
 from synapse_arch.introspection import LayerTrace, SynapseTrace, join_traces
 from synapse_arch.introspection.joining import PER_TOKEN
 
@@ -66,9 +66,11 @@ class Ring:
 
 def row_trace(passes: list[RowTrace], most: int) -> SynapseTrace:
     """Passes of one row and one kind of batch as one trace on the CPU, B = 1; at most the last `most` tokens."""
-    first = passes[0]
-    batch = first.batch if len(passes) == 1 else join_traces([one.batch for one in passes], max_tokens=most)
-    return map_trace(lambda x: x.cpu(), cut_trace(batch, first.row, first.spec))
+    first, batches = passes[0], [one.batch for one in passes]
+    kept = [one.kept for one, batch in zip(passes, batches, strict=True) for _ in range(len(batch.positions))]
+    batch = batches[0] if len(batches) == 1 else join_traces(batches, max_tokens=len(kept))
+    row = map_trace(lambda x: x.cpu(), cut_trace(batch, first.row, first.spec))
+    return row if all(kept) and len(kept) <= most else pick_tokens(row, torch.tensor(kept).nonzero()[-most:, 0])
 
 
 def token_bytes(trace: SynapseTrace) -> int:
@@ -79,7 +81,7 @@ def token_bytes(trace: SynapseTrace) -> int:
         for name in PER_TOKEN[type(record)]
         if (value := getattr(record, name)) is not None
     ]
-    return sum(x[0, :1].numel() * x.element_size() for x in (*values, trace.tokens, trace.at))
+    return sum(x.shape[2:].numel() * x.element_size() for x in (*values, trace.tokens, trace.at))
 
 
 def parts_of(trace: SynapseTrace) -> Iterator[Any]:

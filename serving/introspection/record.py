@@ -185,8 +185,8 @@ class TraceRecord:
             self._gather()
             trace = self._ring.whole()
         self._grown(self)
-        last = self.first if trace is None else int(trace.at[0, -1]) + 1
-        wanted = len(range(-self.spec.start % self.spec.every, last - self.first, self.spec.every))
+        length = 0 if trace is None else trace.length
+        wanted = len(range(-self.spec.start % self.spec.every, length, self.spec.every))
         kept = 0 if trace is None else len(trace.positions)
         with self._lock:
             gaps = [b - a for a, b in itertools.pairwise(self._times)]

@@ -102,8 +102,9 @@ TRACE: dict[str, Any] = {
     "description": (
         "A trace, page by page. The lists of a layer hold one entry a token of `tokens`, in the same order, those of "
         "mlstm and memory one number a head. Numbers are null where they are undefined, parts where the model lacks "
-        "them or the level leaves them out. `experts` and `pathways` cover all kept tokens; `next` is the `from` of "
-        "the next page."
+        "them or the level leaves them out. Counts and means of the whole run (balance, utilisation, writes, reads, "
+        "an expert's tokens, load, out_norm and sparsity) cover every token, kept or not; an expert's specialisation "
+        "and top_tokens and the pathways' weights cover the kept ones. `next` is the `from` of the next page."
     ),
     **_object(HEAD | {"next": {"type": ["integer", "null"], "minimum": 0}}, BODY),
 }

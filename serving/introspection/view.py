@@ -131,7 +131,7 @@ def window(
 
 
 def aggregates(trace: SynapseTrace, layers: Sequence[int] | None, shown: frozenset[str]) -> dict[str, Any]:
-    """Statistics of all kept tokens: the experts one by one, and the strongest pathways."""
+    """Statistics of the run, the same on every page: the experts one by one, and the strongest pathways."""
     body: dict[str, Any] = {}
     chosen = [layer.index for layer in trace.layers if layers is None or layer.index in layers]
     if "experts" in shown:

@@ -291,6 +291,8 @@ class TestTraces:
         for place, (layer,) in enumerate(routes, start=6):
             assert [expert for expert, _ in layer] == routing.experts[0, place].tolist()
             assert [weight for _, weight in layer] == pytest.approx(routing.weights[0, place].tolist(), abs=1e-3)
+        sparse = events(client.post("/v1/completions", json=body | {"trace": {"every": 3, "inline": True}}))
+        assert ["route" in chunk for chunk in sparse[1:-2]] == [True, False, False, True, False]  # from position 6 on
 
 
 class TestRefusals:

@@ -310,7 +310,9 @@ def test_places_that_differ_are_found_out(
 def test_a_stride_may_start_later(model: SynapseModel) -> None:
     with engine_of(model, slots=2) as engine:
         events = list(engine.submit(ask(max_tokens=6, trace=TraceSpec(every=3, start=1))).wait(PATIENCE))
-    assert [event.trace is not None for event in events if isinstance(event, Token)] == [False, False, True] * 2
+    traces = [event.trace for event in events if isinstance(event, Token)]
+    assert [trace.kept for trace in traces if trace is not None] == [False, False, True] * 2
+    assert [len(trace.get().positions) for trace in traces if trace is not None] == [0, 0, 1] * 2
 
 
 def test_a_step_s_trace_is_made_once_for_all_who_read_it() -> None:

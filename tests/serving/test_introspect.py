@@ -229,6 +229,20 @@ def test_a_stride_keeps_every_nth_token_and_drops_none(client: TestClient) -> No
         close(got["memory"]["fro_norm"], torch.tensor(want["memory"]["fro_norm"][::4], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("every", [4, 50])
+def test_what_is_said_of_the_whole_covers_every_token_whatever_the_stride(client: TestClient, every: int) -> None:
+    got, want = run(client, every=every), run(client)
+    assert [token["pos"] for token in got["tokens"]] == list(range(0, 32, every))
+    for mine, theirs in zip(got["layers"], want["layers"], strict=True):
+        assert mine["memory"]["reads"] == mine["memory"]["writes"] == 32
+        for part, names in (("memory", ("utilisation", "reads", "writes")), ("routing", ("balance", "utilisation"))):
+            assert [mine[part][name] for name in names] == [theirs[part][name] for name in names]
+    for name in ("tokens", "load", "out_norm", "sparsity"):
+        assert [one[name] for one in got["experts"]] == pytest.approx([one[name] for one in want["experts"]])
+    within = [[p["hebbian"] for p in page["pathways"] if p["from"][0] == p["to"][0]] for page in (got, want)]
+    assert within[0] == within[1]
+
+
 def test_a_page_stays_below_a_mebibyte() -> None:
     """500 tokens at full level of 64 experts are several pages."""
     with client_of(make_app(byte_model(experts=ExpertsConfig(n_experts=64, d_expert=2)))) as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import threading
 from typing import Any
@@ -313,9 +314,11 @@ def test_strides_and_resumed_positions(model: SynapseModel) -> None:
     record = opened(TraceStore(Settings()), asked)
     for index, event in enumerate(passes(model, asked, tokens)):
         if isinstance(event, Token) and (2 + index) % 3:
-            event = Token(event.id, event.logprob, event.entropy, event.top, None)
+            assert event.trace is not None
+            event = dataclasses.replace(event, trace=dataclasses.replace(event.trace, kept=False))
         record.add(event)
     view = record.view()
     assert view.trace is not None
     assert view.trace.at[0].tolist() == [5, 8, 11, 14]
     assert (view.first, view.overflow) == (5, 0)
+    same(view.trace, whole(model, asked, tokens))

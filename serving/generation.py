@@ -17,7 +17,7 @@ from serving.introspection.interventions import check_layers, parse
 from serving.requests import Done, Failed, GenerationRequest, PromptRead, RowTrace, Token
 from serving.runtime import Runtime
 from serving.schemas import MOST_CHOICES, GenerationBody
-from serving.sessions import Session
+from serving.sessions import Session, goes_on
 from serving.stream import gone
 from serving.tokens import TextStopMatcher
 from synapse_arch import Sampling, TraceSpec
@@ -185,7 +185,7 @@ async def begin(runtime: Runtime, owner: str, request_id: str, ask: Ask) -> Gene
     session = None
     if body.session_id is not None:
         session = await run_in_threadpool(runtime.sessions.load, body.session_id, owner)
-    follows = session is not None and session.tokens > 0
+    follows = goes_on(session)
     prompts = await run_in_threadpool(ask.prompts, follows)
     _check_prompts(runtime, ask, prompts, follows=follows)
     spec = _trace_spec(runtime, body)

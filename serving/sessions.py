@@ -50,6 +50,11 @@ class Session:
         return 0 if self.state is None else int(self.state.position)
 
 
+def goes_on(session: Session | None) -> bool:
+    """Whether what is read next goes on from a text; otherwise it opens a document."""
+    return session is not None and session.tokens > 0
+
+
 class Sessions:
     """Sessions of one model.
 

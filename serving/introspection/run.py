@@ -10,9 +10,10 @@ from serving.introspection.interventions import check_layers, parse
 from serving.introspection.record import TraceRecord
 from serving.requests import Failed, GenerationRequest
 from serving.runtime import Runtime
+from serving.sessions import goes_on
 from serving.tickets import Ticket
 from serving.tokens import TextStopMatcher
-from synapse_arch import Sampling, SynapseState, TraceSpec
+from synapse_arch import Sampling, TraceSpec
 
 OUTPUT_TOKENS = 32
 """Where a run does not say how many."""
@@ -26,10 +27,10 @@ async def start(runtime: Runtime, owner: str, request_id: str, body: RunBody) ->
     """
     interventions = parse(body.interventions, runtime.config)
     check_layers(body.layers, runtime.config)
-    state = None
+    session = None
     if body.session_id is not None:
-        state = (await run_in_threadpool(runtime.sessions.load, body.session_id, owner)).state
-    prompt = await run_in_threadpool(_prompt, runtime, body, state)
+        session = await run_in_threadpool(runtime.sessions.load, body.session_id, owner)
+    prompt = await run_in_threadpool(_prompt, runtime, body, follows=goes_on(session))
     most = runtime.settings.max_output_tokens
     max_tokens = min(OUTPUT_TOKENS, most) if body.max_tokens is None else body.max_tokens
     if max_tokens > most:
@@ -37,7 +38,7 @@ async def start(runtime: Runtime, owner: str, request_id: str, body: RunBody) ->
     request = GenerationRequest(
         prompt=prompt,
         sampling=Sampling(**body.sampling.model_dump(), max_tokens=max_tokens),
-        state=state,
+        state=session.state if session else None,
         trace=TraceSpec(
             level=body.level, layers=None if body.layers is None else tuple(body.layers), every=body.every,
             max_tokens=runtime.settings.trace_tokens,
@@ -64,18 +65,18 @@ async def complete(ticket: Ticket, record: TraceRecord) -> None:
         record.cancel()
 
 
-def _prompt(runtime: Runtime, body: RunBody, state: SynapseState | None) -> tuple[int, ...]:
-    """The ids to read."""
+def _prompt(runtime: Runtime, body: RunBody, *, follows: bool) -> tuple[int, ...]:
+    """The ids to read; the opening token in front of a text does not count as the client's."""
     name, most, vocabulary = "tokens", runtime.settings.max_prompt_tokens, runtime.config.vocab_size
     ids = body.tokens
     if ids is None:
-        name = "prompt"
-        ids = runtime.codec.encode(body.prompt or "")
-        ids = runtime.codec.opened(ids) if state is None else ids
-    if not ids:
-        raise bad_request(f"{name}: expected at least one token", name)
+        name, ids = "prompt", runtime.codec.encode(body.prompt or "")
     if len(ids) > most:
         raise bad_request(f"{name}: expected at most {most} tokens, got {len(ids)}", name)
+    if body.tokens is None and not follows:
+        ids = runtime.codec.opened(ids)
+    if not ids:
+        raise bad_request(f"{name}: expected at least one token", name)
     for index, token in enumerate(ids):
         if token >= vocabulary:
             raise bad_request(f"{name}.{index}: expected 0 to {vocabulary - 1}, got {token}", f"{name}.{index}")

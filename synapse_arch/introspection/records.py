@@ -176,10 +176,10 @@ class MemoryTrace(_Record):
 
     @property
     def utilisation(self) -> Tensor:
-        """(B, H) in [0, 1]: effective rank of W over the largest possible; 0 for an empty memory, NaN for one that is
-        not finite.
+        """(B, H) in [0, 1]: effective rank of W over the largest possible; 0 for an empty memory.
 
-        exp(-sum s ln s) / min(K, V), s the singular values over their sum (Roy & Vetterli 2007).
+        exp(-sum s ln s) / min(K, V), s the singular values over their sum (Roy & Vetterli 2007). NaN where W is not
+        finite.
         """
         finite = self.weights.isfinite().all(-1).all(-1)
         values = torch.linalg.svdvals(torch.where(finite[..., None, None], self.weights, 0))

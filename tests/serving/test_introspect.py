@@ -286,6 +286,35 @@ def test_a_run_forks_its_session_and_leaves_it_as_it_is(client: TestClient) -> N
     assert fresh["tokens"][0]["pos"] == 0
 
 
+@pytest.mark.parametrize("how", ["fresh", "forked", "imported", "used"])
+def test_a_run_reads_its_prompt_as_a_completion_does(client: TestClient, how: str) -> None:
+    session: str = client.post("/api/sessions", json={}).json()["id"]
+    if how == "forked":
+        told = session_of(client, "the dog")
+        session = client.post(f"/api/sessions/{told}/fork", json={"memory_only": True}).json()["id"]
+    elif how == "imported":
+        data = client.get(f"/api/sessions/{session}/export").content
+        kind = {"Content-Type": "application/octet-stream"}
+        session = client.post("/api/sessions/import", content=data, headers=kind).json()["id"]
+    elif how == "used":
+        session = session_of(client, "the dog")
+    page = run(client, session_id=session, max_tokens=4, sampling={"temperature": 0})
+    body = {"prompt": "the cat sat on the mat", "session_id": session, "max_tokens": 4, "temperature": 0, "trace": {}}
+    told = client.post("/v1/completions", json=body).json()
+    other = client.get(f"{URL}/traces/{told['trace_id']}").json()
+    assert [token["id"] for token in page["tokens"]] == [token["id"] for token in other["tokens"]]
+    assert page["text"] == told["choices"][0]["text"]
+    assert (page["tokens"][0]["id"] == 0) == (how != "used")
+
+
+def test_the_longest_prompt_is_as_long_as_a_completions() -> None:
+    with client_of(make_app(max_prompt_tokens=8)) as client:
+        for url in (URL, "/v1/completions"):
+            assert client.post(url, json={"prompt": "a" * 8, "max_tokens": 1}).status_code == 200
+            refused(client.post(url, json={"prompt": "a" * 9, "max_tokens": 1}), 400, "prompt")
+        refused(client.post(URL, json={"tokens": [7] * 9, "max_tokens": 1}), 400, "tokens")
+
+
 def test_a_stop_at_the_end_of_a_document(client: TestClient) -> None:
     page = run(client, tokens=[5, 6, 7], prompt=None, max_tokens=0)
     assert [token["id"] for token in page["tokens"]] == [5, 6, 7]

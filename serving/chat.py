@@ -59,9 +59,9 @@ class Client:
             if response.is_error:
                 response.read()
                 raise ServerError(_reason(response))
-            for line in response.iter_lines():
-                data = line.removeprefix("data: ")
-                if data == line or data == "[DONE]":
+            for line in _lines(response.iter_bytes()):
+                data = line.removeprefix(b"data: ")
+                if data == line or data == b"[DONE]":
                     continue
                 chunk = json.loads(data)
                 if "error" in chunk:
@@ -86,6 +86,14 @@ class Client:
             raise ServerError(_reason(response))
         found: dict[str, Any] = response.json()
         return found
+
+
+def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines as an event stream has them: what else separates lines of text is text here."""
+    rest = b""
+    for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
 
 
 class Screen:

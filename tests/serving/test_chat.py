@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from serving import chat
-from tests.serving.servers import listening, make_app
+from tests.serving.servers import cycle_model, listening, make_app
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,16 @@ def test_refusals_end_it(address: str, said: list[str], capsys: pytest.CaptureFi
     error = capsys.readouterr().err
     assert error.startswith("error: http://127.0.0.1:9: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("letter", ["\u0085", "\u2028", "\r", "\x0b"])
+def test_what_separates_lines_elsewhere_is_text(
+    letter: str, said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said += ["Hello"]
+    with listening(make_app(cycle_model(f"a{letter}b"))) as url:
+        assert chat.main(["--url", url, "--temperature", "0", "--max-tokens", "9"]) == 0
+    assert chat.plain(f"a{letter}b") in capsys.readouterr().out
 
 
 def test_a_stream_that_fails_says_why(address: str) -> None:

@@ -53,6 +53,7 @@ async function run(form) {
     complain(error);
     return;
   }
+  if ($("generate").disabled) return; // the keyboard asks all the same: a session is being opened, or a run began
   running = new AbortController();
   const trace = new Trace();
   const turn = { prompt: $("prompt").value, reply: "", trace };

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[dev]'")
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.serving.browsing import done, drawn, generate, heat, pixels, sliders, visit
 from tests.serving.servers import listening, make_app
@@ -248,6 +248,28 @@ def test_a_session_goes_on_is_forked_and_forgotten(page: Page, site: str) -> Non
     page.reload()  # what the server still holds can be opened again
     page.locator("#turns button").nth(1).click()
     expect(page.locator("#stream")).to_have_text(written or "")
+
+
+def test_no_prompt_is_sent_while_a_session_is_being_made(page: Page) -> None:
+    held: list[Route] = []
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if "/v1/" in request.url else None)
+    page.route(
+        "**/api/sessions", lambda route: held.append(route) if route.request.method == "POST" else route.continue_()
+    )
+    page.fill("#prompt", "for the new one")
+    page.click("#session-new")
+    expect(page.locator("#generate")).to_be_disabled()
+    page.locator("#prompt").press("Control+Enter")
+    page.wait_for_timeout(200)
+    assert sent == []
+    held[0].continue_()
+    expect(page.locator("#session-line")).to_contain_text("after 0 tokens")
+    expect(page.locator("#generate")).to_be_enabled()
+    page.locator("#prompt").press("Control+Enter")
+    expect(page.locator("#session-line")).not_to_contain_text("after 0 tokens")
+    done(page)
+    assert len(sent) == 1
 
 
 def test_chat_is_answered(page: Page) -> None:

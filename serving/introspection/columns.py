@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ class Ring:
     def __init__(self, most_tokens: int, most_bytes: int) -> None:
         self._most_tokens, self._most_bytes = most_tokens, most_bytes
         self._parts: list[SynapseTrace] = []
+        self._activity = Activity()
         self.nbytes = 0
 
     def add(self, passes: list[RowTrace]) -> None:
@@ -44,7 +46,9 @@ class Ring:
         for _, run in itertools.groupby(passes, _kind):
             if self._parts:
                 self._parts[-1] = _without_states(self._parts[-1])
-            self._parts.append(row_trace(list(run), self._most_tokens))
+            together = list(run)
+            self._activity.add(together)
+            self._parts.append(row_trace(together, self._most_tokens))
         if len(self._parts) > MOST_PARTS:
             self.whole()
         self._weigh()
@@ -58,10 +62,47 @@ class Ring:
         if len(self._parts) > 1 or kept > room:
             self._parts = [map_trace(_compact, join_traces(self._parts, max_tokens=room))]
             self._weigh()
-        return self._parts[0]
+        return self._activity.put_into(self._parts[0])
 
     def _weigh(self) -> None:
         self.nbytes = sum(_size(x) for part in self._parts for x in tensors(part))
+
+
+class Activity:
+    """What the experts did with one row's tokens, added up pass by pass.
+
+    Means of means, as `join_traces` makes them, would have other bits when other passes are joined first; which ones
+    come together depends on the time.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}  # layer -> (2, E) float64: output norms, silent shares
+
+    def add(self, passes: list[RowTrace]) -> None:
+        """Takes passes of one row and one kind of batch, in order."""
+        row, spec = passes[0].row, passes[0].spec
+        if not spec.wants("full"):
+            return
+        for layers in zip(*(one.batch.layers for one in passes), strict=True):
+            calls = [layer.experts for layer in layers if layer.experts is not None and spec.covers(layer.index)]
+            if calls:
+                means = torch.stack([torch.stack((call.out_norm[row], call.sparsity[row])) for call in calls])
+                counts = torch.stack([call.tokens[row] for call in calls]).cpu()[:, None]
+                sums = torch.where(counts > 0, means.cpu().double() * counts, 0)
+                before = self._sums.get(layers[0].index, torch.zeros_like(sums[0]))
+                self._sums[layers[0].index] = functools.reduce(torch.add, sums, before)
+
+    def put_into(self, trace: SynapseTrace) -> SynapseTrace:
+        """The row's trace with what was added up."""
+
+        def put(layer: LayerTrace) -> LayerTrace:
+            if layer.experts is None:
+                return layer
+            norms, silent = (self._sums[layer.index] / layer.experts.tokens).to(layer.experts.out_norm.dtype)
+            experts = dataclasses.replace(layer.experts, out_norm=norms[None].clone(), sparsity=silent[None].clone())
+            return dataclasses.replace(layer, experts=experts)
+
+        return dataclasses.replace(trace, layers=tuple(put(layer) for layer in trace.layers))
 
 
 def row_trace(passes: list[RowTrace], most: int) -> SynapseTrace:

@@ -14,6 +14,7 @@ import torch
 from serving.errors import ApiError
 from serving.introspection import columns as columns_module
 from serving.introspection import record as record_module
+from serving.introspection.columns import Ring
 from serving.introspection.record import TraceRecord
 from serving.introspection.store import TraceStore
 from serving.requests import Done, Event, Failed, GenerationRequest, PromptRead, PromptToken, RowTrace, Timing, Token
@@ -264,6 +265,34 @@ def test_events_after_the_end_are_ignored(model: SynapseModel) -> None:
     given_up = opened(TraceStore(Settings()), asked)
     given_up.cancel()
     assert given_up.finish == "cancelled"
+
+
+def test_what_experts_did_does_not_depend_on_which_passes_came_together() -> None:
+    model = small_model()
+    asked, tokens = request(), tuple(range(10)) * 6
+    seen = [one.trace for one in passes(model, asked, tokens) if isinstance(one, PromptRead | Token)]
+    kept = [trace for trace in seen if trace is not None]
+    found = []
+    for bunch in (1, 2, 7, 32, len(kept)):
+        ring = Ring(16, 2**20)
+        for start in range(0, len(kept), bunch):
+            ring.add(kept[start : start + bunch])
+            if start % 3 == 0:
+                ring.whole()
+        found.append(ring.whole())
+    want = whole(model, asked, tokens)
+    for trace in found:
+        assert trace is not None
+        assert found[0] is not None
+        for got, first, one in zip(trace.layers, found[0].layers, want.layers, strict=True):
+            assert got.experts is not None
+            assert first.experts is not None
+            assert one.experts is not None
+            assert got.experts.out_norm.dtype == torch.float32
+            for name in ("tokens", "out_norm", "sparsity"):
+                value = getattr(got.experts, name)
+                assert value.tolist() == getattr(first.experts, name).tolist()
+                torch.testing.assert_close(value, getattr(one.experts, name), equal_nan=True)
 
 
 def test_several_kinds_of_batches_join(model: SynapseModel) -> None:

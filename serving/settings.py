@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import math
 from dataclasses import dataclass
 
 from synapse_arch.errors import ConfigError, explain
@@ -75,6 +76,10 @@ class Settings:
         for name in ("queue", "drain"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(explain(_option(name), "0 or more", getattr(self, name)))
+        for name in ("patience", "drain", "session_ttl", "trace_ttl"):
+            if not math.isfinite(getattr(self, name)):
+                expected = "a finite number of seconds"
+                raise ConfigError(explain(_option(name), expected, getattr(self, name), "such as 1e9 for ever"))
         if not 0 <= self.port <= 65535:
             raise ConfigError(explain("--port", "0 to 65535", self.port))
         if any(len(key) < 16 or not key.isascii() or not key.isprintable() for key in self.api_keys):

@@ -88,6 +88,8 @@ class TestBeforeThePortOpens:
             (["--slots", "0"], "--slots: expected above 0, got 0"), (["--port", "70000"], "--port: expected 0 to"),
             (["--api-key-file", "/none"], "the key file /none"), (["--device", "tpu9"], "--device: expected a device"),
             (["--session-ttl", "nan"], "--session-ttl: expected above 0, got nan"), (["--threads", "0"], "--threads"),
+            (["--session-ttl", "inf"], "--session-ttl: expected a finite number of seconds, got inf; such as 1e9"),
+            (["--drain", "inf"], "--drain: expected a finite number"), (["--patience", "inf"], "--patience: expected a"),
         ],
     )  # fmt: skip
     def test_settings(

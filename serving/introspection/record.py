@@ -69,6 +69,7 @@ class TraceRecord:
         most_tokens: tokens it keeps, the latest.
         most_bytes: bytes that what grows with its tokens may take.
         soon: gets `prepare` called soon, by another thread.
+        heard: called at every event.
         grown: called when its size has changed.
     """
 
@@ -84,13 +85,14 @@ class TraceRecord:
         most_tokens: int,
         most_bytes: int,
         soon: Callable[[TraceRecord], None],
+        heard: Callable[[TraceRecord], None],
         grown: Callable[[TraceRecord], None],
     ) -> None:
         assert request.trace is not None, "only what is traced has a record"
         self.id, self.request, self.spec = trace_id, request, request.trace
         self.request_id, self.session_id, self.owner, self.seed = request_id, session_id, owner, seed
         self.first = 0 if request.state is None else int(request.state.position[0])
-        self._soon, self._grown = soon, grown
+        self._soon, self._heard, self._grown = soon, heard, grown
         self._lock, self._decoding = threading.Lock(), threading.Lock()  # taken in the other order
         self._pending: list[RowTrace] = []
         self._ring = Ring(most_tokens, most_bytes)
@@ -247,6 +249,7 @@ class TraceRecord:
             self._seconds += time.perf_counter() - began
 
     def _wake(self) -> None:
+        self._heard(self)
         with self._lock:
             self._version += 1
             watchers = list(self._watchers)

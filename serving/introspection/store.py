@@ -54,7 +54,7 @@ class TraceStore:
         record = TraceRecord(
             f"trace-{secrets.token_hex(16)}", request, request_id=request_id, session_id=session_id, owner=owner,
             seed=seed, most_tokens=self._settings.trace_tokens, most_bytes=self._settings.trace_bytes,
-            soon=self._prepare, grown=self._grown,
+            soon=self._prepare, heard=self._heard, grown=self._grown,
         )  # fmt: skip
         with self._lock:
             self._records[record.id] = (record, self._clock())
@@ -107,13 +107,18 @@ class TraceStore:
         with suppress(RuntimeError):  # the store is closed: nobody will ask
             self._decoder.submit(record.prepare)
 
+    def _heard(self, record: TraceRecord) -> None:
+        """Something has come to a record: it lives on from now."""
+        with self._lock:
+            if self._records.pop(record.id, None) is not None:
+                self._records[record.id] = (record, self._clock())
+
     def _grown(self, record: TraceRecord) -> None:
         """Counts a record's bytes anew; those to which nothing has come for longest make room."""
         size = record.nbytes
         with self._lock:
-            if self._records.pop(record.id, None) is None:
+            if record.id not in self._records:
                 return
-            self._records[record.id] = (record, self._clock())
             self._bytes += size - self._sizes.get(record.id, 0)
             self._sizes[record.id] = size
             self._expire()

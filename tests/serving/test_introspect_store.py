@@ -238,6 +238,23 @@ def test_a_trace_lives_so_long_after_its_last_event() -> None:
     assert store.stats() == {"count": 0, "bytes": 0, "limit_bytes": Settings().traces_bytes}
 
 
+def test_looking_at_a_trace_does_not_prolong_it(model: SynapseModel) -> None:
+    now = [0.0]
+    store = TraceStore(Settings(trace_ttl=300), clock=lambda: now[0])
+    asked = request()
+    watched, left = opened(store, asked), opened(store, asked)
+    read, token = passes(model, asked, (1,))
+    watched.add(read)
+    for now[0] in (100.0, 200.0, 290.0):
+        left.view()
+        watched.add(token)  # each is news, whether or not it has been decoded
+    settle(store)
+    now[0] = 301.0
+    assert store.owned("me") == [watched]
+    now[0] = 591.0
+    assert store.owned("me") == []
+
+
 def test_only_its_owner_finds_it() -> None:
     store = TraceStore(Settings())
     record = opened(store, owner="alice")

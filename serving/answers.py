@@ -192,8 +192,10 @@ class ChatAnswer(Answer):
 
 
 def token_text(codec: Codec, token: int) -> str:
-    """A token's text; its bytes, where they are no text by themselves."""
+    """A token's text; its bytes, where they are no text by themselves, and its name, where it has none."""
     data = codec.token_bytes(token)
+    if not data:
+        return codec.name(token)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

@@ -39,7 +39,7 @@ class Codec:
         opening: the id in front of whatever is read from a fresh state; None for none.
         ends: ids that end an output and are no part of it.
         template: how a chat is written.
-        specials: the names of special tokens.
+        specials: the names of special tokens, by their ids.
     """
 
     def __init__(
@@ -50,12 +50,13 @@ class Codec:
         opening: int | None = DOCUMENT,
         ends: Iterable[int] = (DOCUMENT,),
         template: ChatTemplate | None = None,
-        specials: Iterable[str] = (),
+        specials: Mapping[int, str] | None = None,
     ) -> None:
         self._pieces, self._encode = tuple(pieces), encode
         self.opening, self.ends = opening, frozenset(ends)
         self.template = ChatTemplate.plain() if template is None else template
-        self.specials = tuple(specials)
+        self._names = dict(specials or {})
+        self.specials = tuple(self._names.values())
 
     @property
     def vocab_size(self) -> int:
@@ -77,6 +78,14 @@ class Codec:
     def token_bytes(self, token: int) -> bytes:
         """The bytes that an id stands for; none for special ids and those beyond the tokenizer's."""
         return b"" if token in self.ends or token >= len(self._pieces) else self._pieces[token]
+
+    def name(self, token: int) -> str:
+        """What an id that stands for no bytes is called: as the tokenizer calls it, else by its number.
+
+        >>> byte_codec().name(0)
+        '<|document|>'
+        """
+        return self._names.get(token, f"<|{token}|>")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -165,7 +174,11 @@ class TextStopMatcher:
 def byte_codec(template: ChatTemplate | None = None, ends: Iterable[int] = ()) -> Codec:
     """Text as its UTF-8 bytes, each its own id; the end of a document and `ends` end an output."""
     pieces = [bytes((value,)) for value in range(256)]
-    return Codec(pieces, lambda text, _: list(text.encode("utf-8")), ends={DOCUMENT, *ends}, template=template)
+
+    def encode(text: str, _: bool) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    return Codec(pieces, encode, ends={DOCUMENT, *ends}, template=template, specials={DOCUMENT: OPENING})
 
 
 def load_codec(folder: Path, vocab_size: int) -> Codec:
@@ -192,7 +205,7 @@ def load_codec(folder: Path, vocab_size: int) -> Codec:
         raise DataError(explain(str(path), f"at most {vocab_size} entries", len(pieces), remedy))
     opening = DOCUMENT if inner.id_to_token(DOCUMENT) == OPENING else inner.token_to_id(names["bos_token"] or "")
     ends = {end for end in (opening, inner.token_to_id(names["eos_token"] or ""), *ended) if end is not None}
-    specials = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
+    specials = {number: token.content for number, token in inner.get_added_tokens_decoder().items() if token.special}
 
     def encode(text: str, is_template: bool) -> list[int]:
         inner.encode_special_tokens = not is_template

@@ -13,7 +13,7 @@ import torch
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from serving.tokens import byte_codec
+from serving.tokens import Codec, byte_codec
 from synapse_arch import Sampling, TraceSpec
 from tests.serving.servers import (
     byte_model,
@@ -217,6 +217,26 @@ class TestText:
         with client_of(make_app(model)) as client:
             got = complete(client, prompt="a")
             assert (got["choices"][0]["text"], got["choices"][0]["finish_reason"]) == ("bc", "stop")
+
+
+    def test_tokens_that_are_no_text_have_names(self) -> None:
+        model, pieces = cycle_model("ab"), [bytes((value,)) if value > 2 else b"" for value in range(255)]
+        with torch.no_grad():
+            for rank, token in enumerate((0, 1, 255)):
+                model.head.weight[token] = 4.5 - rank
+        specials = {0: "<|document|>", 1: "<|im_end|>"}
+        codec = Codec(pieces, lambda text, _: list(text.encode()), ends=(0, 1), specials=specials)
+        with client_of(make_app(model, codec)) as client:
+            scores = complete(client, prompt="a", max_tokens=1, logprobs=5)["choices"][0]["logprobs"]
+            assert list(scores["top_logprobs"][0]) == ["b", "a", "<|document|>", "<|im_end|>", "<|255|>"]
+            read = complete(client, prompt=[1, 97], max_tokens=0, echo=True, logprobs=1)["choices"][0]
+            assert (read["text"], read["logprobs"]["tokens"]) == ("a", ["<|im_end|>", "a"])
+            body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "temperature": 0}
+            said = client.post("/v1/chat/completions", json=body | {"logprobs": True, "top_logprobs": 3}).json()
+            (entry,) = said["choices"][0]["logprobs"]["content"]
+            assert [(top["token"], top["bytes"]) for top in entry["top_logprobs"]][1:] == [
+                ("<|document|>", []), ("<|im_end|>", []),
+            ]  # fmt: skip
 
 
 class TestChat:

@@ -274,7 +274,7 @@ class Engine:
         for ticket, since in gone:
             self._finished["cancelled"] += 1
             timing = Timing(time.perf_counter() - since, 0.0, 0.0)
-            done = Done("cancelled", None, len(ticket.request.prompt), 0, timing)
+            done = Done("cancelled", None, 0, 0, timing)
             self._tell(done)
             ticket.put(done)
 

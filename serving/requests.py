@@ -274,7 +274,7 @@ class Done:
         finish: why.
         state: one row that has read the prompt and the output, and no more: the returned tokens, and what is left in
             front of a stop that begins inside a token. None where it was cancelled.
-        prompt_tokens: tokens of the prompt.
+        prompt_tokens: tokens of the prompt that were read: all, unless it was cancelled before.
         output_tokens: tokens that were returned.
         timing: how long it took.
     """

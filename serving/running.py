@@ -112,6 +112,7 @@ class Running:
         now = time.perf_counter()
         read_at = self.read_at or now
         timing = Timing(self.started - self.submitted, read_at - self.started, now - read_at)
-        done = Done(why, state, len(self.ticket.request.prompt), self.returned, timing)
+        read = len(self.ticket.request.prompt) if self.reader is None else self.seat.position - self.seat.first
+        done = Done(why, state, read, self.returned, timing)
         self.ticket.put(done)
         return done

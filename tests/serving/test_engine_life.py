@@ -52,6 +52,7 @@ class TestCancelling:
             done = outcome(ticket).done
             assert done is not None
             assert (done.finish, done.state, done.output_tokens) == ("cancelled", None, 0)
+            assert done.prompt_tokens < 500
             assert engine.stats.busy == 0
             outcome(engine.submit(ask(max_tokens=400)))
             assert engine.stats.prompt_tokens == 3  # of the second alone: nobody reads the first to its end
@@ -76,7 +77,7 @@ class TestCancelling:
             waiting.cancel()
             done = outcome(waiting).done
             assert done is not None
-            assert done.finish == "cancelled"
+            assert (done.finish, done.prompt_tokens) == ("cancelled", 0)  # nothing of it was read
             assert (engine.stats.busy, engine.stats.queued) == (1, 0)
             running.cancel()
 

@@ -25,6 +25,8 @@ GENERATION_CONFIG = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_ESCAPED = re.compile("([\udc80-\udcff])")
+"""How Python escapes a byte that is no UTF-8."""
 
 Encode = Callable[[str, bool], list[int]]
 """Text to ids; True reads the names of special tokens as these tokens, False as any other text."""
@@ -55,6 +57,7 @@ class Codec:
         self._pieces, self._encode = tuple(pieces), encode
         self.opening, self.ends = opening, frozenset(ends)
         self.template = ChatTemplate.plain() if template is None else template
+        self._bytes = {piece: token for token, piece in enumerate(self._pieces) if len(piece) == 1}
         self._names = dict(specials or {})
         self.specials = tuple(self._names.values())
 
@@ -74,6 +77,21 @@ class Codec:
         """
         _check(text)
         return self._encode(text, False)
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids that stand for `data`, which may be no text: characters as `encode` reads them, other bytes one by one.
+
+        >>> byte_codec().encode_bytes(b"a" + "é".encode()[:1])
+        [97, 195]
+        """
+        ids: list[int] = []
+        for part in _ESCAPED.split(data.decode("utf-8", errors="surrogateescape")):
+            if _ESCAPED.fullmatch(part):
+                byte = part.encode("utf-8", errors="surrogateescape")
+                ids += [self._bytes[byte]] if byte in self._bytes else self._encode("\ufffd", False)
+            else:
+                ids += self._encode(part, False)
+        return ids
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that an id stands for; none for special ids and those beyond the tokenizer's."""
@@ -159,7 +177,7 @@ class TextStopMatcher:
 
     def left(self) -> list[int]:
         """Once matched: `rest` as tokens."""
-        return self._codec.encode(self.rest.decode("utf-8", errors="replace")) if self.rest else []
+        return self._codec.encode_bytes(self.rest)
 
     def _tokens(self, size: int) -> tuple[int, int]:
         """How many of the last tokens hold the last `size` bytes, and how many bytes they are."""

@@ -259,6 +259,21 @@ class TestStops:
         assert matcher.rest == b""
 
 
+@pytest.mark.parametrize("rest", [b"\0a", b"\xe3\x81", b"\xff", b"a\xe3", "日".encode()])
+def test_what_is_left_in_front_of_a_stop_is_the_bytes_that_were_written(rest: bytes) -> None:
+    pieces = [*(bytes((value,)) for value in range(256)), rest + b"!"]
+    matcher = TextStopMatcher(["!"], Codec(pieces, lambda text, _: list(text.encode()), opening=None, ends=()))
+    assert matcher.push(256).matched == 1
+    assert bytes(matcher.left()) == matcher.rest == rest
+
+
+def test_what_is_left_is_read_as_a_tokenizers_tokens(codec: Codec) -> None:
+    for text in (b"the cat", "the é".encode()[:-1], b"\0the"):
+        ids = codec.encode_bytes(text)
+        assert b"".join(map(codec.token_bytes, ids)) == text
+    assert codec.encode_bytes(b"the cat") == codec.encode("the cat")
+
+
 def test_a_stop_string_that_ends_inside_a_long_token_is_found() -> None:
     matcher = TextStopMatcher(["abc"], Codec([b"", b"ab", b"cdefg"], lambda text, _: []))
     assert [matcher.push(token).matched for token in (1, 2)] == [0, 2]

@@ -116,7 +116,8 @@ class CompletionAnswer(Answer):
             entries = self._prompt_entries(event.logprobs or [], index)
         else:
             if isinstance(event, Token) and self._logprobs:
-                entries = [_entry(self._codec, event, len(self._texts[index]))]
+                offset = len(self._texts[index]) + _broken(self._codec, event.id, text)
+                entries = [_entry(self._codec, event, offset)]
             self._note(piece)
         self._entries[index] += entries
         finish = event.finish if isinstance(event, Done) else None
@@ -133,8 +134,9 @@ class CompletionAnswer(Answer):
         prompt, offset, entries = self._generation.prompt(index), 0, []
         decoder = self._codec.decoder()
         for token in scored[len(scored) - len(prompt) :]:
-            entries.append(_entry(self._codec, token, offset))
-            offset += len(decoder.decode(self._codec.token_bytes(token.id)))
+            text = decoder.decode(self._codec.token_bytes(token.id))
+            entries.append(_entry(self._codec, token, offset + _broken(self._codec, token.id, text)))
+            offset += len(text)
         return entries
 
     def _choice(self, index: int, text: str, finish: str | None, entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,6 +202,12 @@ def token_text(codec: Codec, token: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{value:02x}" for value in data)
+
+
+def _broken(codec: Codec, token: int, text: str) -> int:
+    """How many characters of the `text` that came with a token are of half a character in front of it: 0 or 1."""
+    alone = codec.decoder().decode(codec.token_bytes(token))
+    return max(0, len(text) - len(alone))
 
 
 def _entry(codec: Codec, token: Token | PromptToken, offset: int) -> dict[str, Any]:

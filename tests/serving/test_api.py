@@ -219,6 +219,19 @@ class TestText:
             assert (got["choices"][0]["text"], got["choices"][0]["finish_reason"]) == ("bc", "stop")
 
 
+    def test_offsets_count_what_half_a_character_becomes(self) -> None:
+        pieces = [bytes((value,)) for value in range(256)]
+        pieces[ord("B")] = b"\xe3\x81"
+        codec = Codec(pieces, lambda text, _: list(text.encode()))
+        with client_of(make_app(cycle_model("ABC"), codec)) as client:
+            body = {"prompt": [67, 0xF0, 0x9F, 66, 0x82, 0xE3, 67], "max_tokens": 6, "logprobs": 0, "echo": True}
+            choice = complete(client, **body)["choices"][0]
+            assert choice["text"] == "C\ufffdあ\ufffdCA\ufffdCA\ufffdC"
+            assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 2, 3, 4, *range(5, 11)]
+            streamed = events(client.post("/v1/completions", json=body | {"stream": True, "temperature": 0}))
+            offsets = [x for chunk in streamed[:-1] for x in chunk["choices"][0]["logprobs"]["text_offset"]]
+            assert offsets == choice["logprobs"]["text_offset"]
+
     def test_tokens_that_are_no_text_have_names(self) -> None:
         model, pieces = cycle_model("ab"), [bytes((value,)) if value > 2 else b"" for value in range(255)]
         with torch.no_grad():

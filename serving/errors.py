@@ -138,9 +138,19 @@ def _is_place(part: str | int) -> bool:
     return isinstance(part, int) or (part.isidentifier() and part not in NO_PLACES)
 
 
+def _most_fitting(errors: Sequence[Any]) -> Any:
+    """The first complaint; of a value that fits none of several types, that of the type which it almost has."""
+    first = errors[0]
+    place = list(first["loc"][:-1])
+    if not first["loc"] or _is_place(first["loc"][-1]):
+        return first
+    same = (error for error in errors if list(error["loc"][: len(place)]) == place)
+    return next((error for error in same if not error["type"].endswith("_type")), first)
+
+
 def _invalid(errors: Sequence[Any]) -> ApiError:
     """The first of pydantic's complaints, in one sentence."""
-    first = errors[0]
+    first = _most_fitting(errors)
     places = [str(part) for part in first["loc"] if _is_place(part)]
     param = ".".join(places) or None
     unknown = first["type"] == "extra_forbidden"

@@ -270,6 +270,8 @@ def _check(runtime: Runtime, ask: Ask) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options: needs stream: true", "stream_options")
+    if body.trace is not None and body.trace.inline and not body.stream:
+        raise bad_request("trace.inline: needs stream: true", "trace.inline")
     for name in ("max_tokens", "max_completion_tokens"):
         if (getattr(body, name, None) or 0) > settings.max_output_tokens:
             raise bad_request(f"{name}: expected at most {settings.max_output_tokens}", name)

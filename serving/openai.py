@@ -100,12 +100,13 @@ async def _answer(request: Request, ask: Ask, generation: Generation, answer: An
 
 async def _frames(generation: Generation, answer: Answer, *, usage: bool) -> AsyncIterator[bytes]:
     """The frames of a stream; what goes wrong on the way is its last one."""
+    more: dict[str, Any] = {"usage": None} if usage else {}
     try:
         for chunk in answer.opening():
-            yield frame(chunk)
+            yield frame(chunk | more)
         async for piece in generation.pieces():
             for chunk in answer.take(piece):
-                yield frame(chunk)
+                yield frame(chunk | more)
         if usage:
             yield frame(answer.usage_chunk())
         yield DONE

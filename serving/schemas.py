@@ -19,8 +19,9 @@ def _without_nul(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_without_nul), Field(json_schema_extra={"pattern": r"^[^\u0000]*$"})]
-Stop = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
+_WITHOUT_NUL = Field(json_schema_extra={"pattern": r"^[^\u0000]*$"})
+Text = Annotated[str, AfterValidator(_without_nul), _WITHOUT_NUL]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP), AfterValidator(_without_nul), _WITHOUT_NUL]
 TokenId = Annotated[int, Field(ge=0)]
 SessionId = Annotated[str, Field(pattern=r"^sess-[0-9a-f]{32}$")]
 
@@ -44,7 +45,7 @@ class TraceBody(Body):
         level: "routes" (which experts), "gates" (and gates and memory), "full" (and router logits).
         layers: which; all where it is absent.
         every: stride in tokens.
-        inline: each chunk of a stream carries its token's experts as "route": by layer [[expert, weight], ...].
+        inline: each chunk of a stream, which it needs, carries its token's experts as "route": by layer [[expert, weight], ...].
     """
 
     level: Literal["routes", "gates", "full"] = "routes"

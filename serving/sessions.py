@@ -96,7 +96,10 @@ class Sessions:
             raise _unknown()
         header, data = entry.data[:HEADER], entry.data[HEADER:]
         if header != self._header:
-            message = "the session was kept by a server with another model: export it there, or begin a new one"
+            message = (
+                "the session was kept by a server with another model, or sealed with a key that this one lacks: "
+                "give the key with --session-key-file, export it where it can be read, or begin a new one"
+            )
             raise ApiError(409, message, param="session_id", code="session_of_another_model")
         state = SynapseState.from_bytes(data, source="session") if data else None
         return Session(entry.id, owner, entry.version, entry.created, entry.used, state, len(data))

@@ -218,7 +218,6 @@ class TestText:
             got = complete(client, prompt="a")
             assert (got["choices"][0]["text"], got["choices"][0]["finish_reason"]) == ("bc", "stop")
 
-
     def test_offsets_count_what_half_a_character_becomes(self) -> None:
         pieces = [bytes((value,)) for value in range(256)]
         pieces[ord("B")] = b"\xe3\x81"
@@ -281,6 +280,9 @@ class TestChat:
         assert all(len(chunk["choices"][0]["logprobs"]["content"]) == 1 for chunk in middle)
         assert last["choices"][0]["finish_reason"] == "length"
         assert usage["choices"] == []
+        assert [chunk["usage"] for chunk in (first, *middle, last)] == [None] * 9
+        plain = events(client.post("/v1/chat/completions", json=body | {"stream_options": {"include_usage": False}}))
+        assert not any("usage" in chunk for chunk in plain[:-1])
         assert usage["usage"]["completion_tokens"] == 7
         assert done is None
         assert len({chunk["id"] for chunk in (first, *middle, last, usage)}) == 1
@@ -348,6 +350,7 @@ class TestRefusals:
             ({"session_id": "x"}, "session_id"), ({"session_id": "sess-" + "0" * 32, "n": 2}, None),
             ({"session_id": "sess-" + "0" * 32}, "session_id"), ({"stream_options": {}}, "stream_options"),
             ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+            ({"trace": {"inline": True}}, "trace.inline"),
         ],
     )  # fmt: skip
     def test_completions(self, client: TestClient, fields: dict[str, Any], param: str | None) -> None:
@@ -355,6 +358,22 @@ class TestRefusals:
         assert response.status_code in (400, 404)
         error = refused(response, response.status_code)
         assert param is None or re.fullmatch(rf"{param}(\.\d+)*", error["param"]), error
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"stop": ["a", ""]}, "stop.1: String should have at least 1 character"),
+            ({"stop": ""}, "stop: String should have at least 1 character"),
+            ({"stop": 5}, "stop: Input should be a valid string"),
+            ({"prompt": ["a", "b\0"]}, "prompt.1: the character U+0000 is no text"),
+            ({"prompt": [3, -1]}, "prompt.1: Input should be greater than or equal to 0"),
+        ],
+    )
+    def test_of_a_value_with_several_types_the_fault_is_told(
+        self, client: TestClient, fields: dict[str, Any], message: str
+    ) -> None:
+        error = refused(client.post("/v1/completions", json={"prompt": "x"} | fields), 400)
+        assert error["message"].startswith(message)
 
     @pytest.mark.parametrize(
         ("fields", "param"),

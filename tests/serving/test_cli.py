@@ -89,7 +89,7 @@ class TestBeforeThePortOpens:
             (["--api-key-file", "/none"], "the key file /none"), (["--device", "tpu9"], "--device: expected a device"),
             (["--session-ttl", "nan"], "--session-ttl: expected above 0, got nan"), (["--threads", "0"], "--threads"),
             (["--session-ttl", "inf"], "--session-ttl: expected a finite number of seconds, got inf; such as 1e9"),
-            (["--drain", "inf"], "--drain: expected a finite number"), (["--patience", "inf"], "--patience: expected a"),
+            (["--drain", "inf"], "--drain: expected a finite"), (["--patience", "inf"], "--patience: expected a"),
         ],
     )  # fmt: skip
     def test_settings(

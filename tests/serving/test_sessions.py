@@ -13,11 +13,12 @@ import torch
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from serving.tokens import Codec
+from serving.app import create_app
+from serving.tokens import Codec, byte_codec
 from synapse_arch import SynapseState
 from tests.helpers import assert_equal
 from tests.serving.programs import redis_server
-from tests.serving.servers import byte_model, client_of, events, make_app, refused, runtime
+from tests.serving.servers import byte_model, client_of, events, make_app, refused, runtime, settings
 
 KEYS = ("first-key-of-the-tests", "second-key-of-the-tests")
 BINARY = {"Content-Type": "application/octet-stream"}
@@ -327,6 +328,15 @@ class TestStores:
         with client_of(make_app(byte_model(seed=1), **where)) as client:
             response = client.post("/v1/completions", json={"prompt": "x", "session_id": session})
             refused(response, 409, "session_id", "session_of_another_model")
+
+    def test_a_sealed_session_needs_its_key(self, tmp_path: Path) -> None:
+        where = {"session_store": f"sqlite:{tmp_path / 'sessions.db'}"}
+        with client_of(create_app(byte_model(), byte_codec(), settings(**where), session_key=bytes(32))) as client:
+            session = new(client)
+            say(client, "Hello", session)
+        with client_of(make_app(**where)) as client:
+            error = refused(client.get(f"/api/sessions/{session}/export"), 409, "session_id")
+            assert "or sealed with a key that this one lacks" in error["message"]
 
     def test_a_store_that_went_away(self, tmp_path: Path) -> None:
         """Sessions are not to be had, in so many words; all else goes on."""

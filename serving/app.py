@@ -17,6 +17,7 @@ import synapse_arch
 from serving import errors, openai, page, session_routes, status
 from serving.engine import Engine
 from serving.guard import Guard
+from serving.introspection import pathways
 from serving.introspection import router as introspection
 from serving.introspection.store import TraceStore
 from serving.metrics import Metrics
@@ -50,7 +51,11 @@ def create_app(model: SynapseModel, codec: Codec, settings: Settings, *, session
     errors.install(app)
     for part in (status, openai, session_routes, introspection, page):
         app.include_router(part.router)
-    app.add_middleware(Guard, settings=settings, metrics=runtime.metrics, most_upload=runtime.sessions.most_upload)
+    most_json = max(settings.max_body, pathways.most_bytes(model.config))  # any request can have them as interventions
+    app.add_middleware(
+        Guard, settings=settings, metrics=runtime.metrics, most_json=most_json,
+        most_upload=runtime.sessions.most_upload,
+    )  # fmt: skip
     app.openapi = lambda: _schema(app, settings)  # type: ignore[method-assign]
     return app
 

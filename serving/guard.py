@@ -40,12 +40,13 @@ class Guard:
         app: what it guards.
         settings: keys, hosts and limits.
         metrics: counts every answer.
+        most_json: bytes of any other body.
         most_upload: bytes of a binary body.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, most_upload: int) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, most_json: int, most_upload: int) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
-        self._most_upload = most_upload
+        self._most_json, self._most_upload = most_json, most_upload
         self._keys = [(hashlib.sha256(key.encode()).digest(), owner_of(key)) for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,7 +112,7 @@ class Guard:
 
     async def _read(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        most = self._most_upload if kind == BINARY else self._settings.max_body
+        most = self._most_upload if kind == BINARY else self._most_json
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(
                 415, "compressed bodies are not taken", param="Content-Encoding", code="unsupported_encoding"

@@ -45,7 +45,8 @@ class TraceBody(Body):
         level: "routes" (which experts), "gates" (and gates and memory), "full" (and router logits).
         layers: which; all where it is absent.
         every: stride in tokens.
-        inline: each chunk of a stream, which it needs, carries its token's experts as "route": by layer [[expert, weight], ...].
+        inline: each chunk of a stream carries its token's experts as "route": by layer [[expert, weight], ...]. Needs
+            a stream.
     """
 
     level: Literal["routes", "gates", "full"] = "routes"

@@ -28,7 +28,7 @@ class Settings:
         prefill_chunk: tokens of a prompt read between two decode steps.
         max_prompt_tokens: longest prompt.
         max_output_tokens: longest output of one request.
-        max_body: bytes of a JSON body.
+        max_body: bytes of a JSON body; more where the model's own pathways need more.
         patience: seconds that headers or a body may take to arrive, and that a client may leave an answer unread.
         drain: seconds that running requests get after SIGTERM.
         session_store: "memory", "sqlite:PATH" or "redis://HOST:PORT/DB".

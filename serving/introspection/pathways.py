@@ -17,6 +17,13 @@ from synapse_arch.introspection.records import plain
 from synapse_arch.modules.thalamus import pathways_of
 
 SCHEMA = "synapse.pathways/1"
+NUMBER_BYTES = 32
+"""Of a number in JSON, with what separates it from the next."""
+
+
+def most_bytes(config: SynapseConfig) -> int:
+    """Bytes that a model's export takes as JSON, at most."""
+    return 2 * config.n_layers * config.n_experts**2 * NUMBER_BYTES
 
 
 def export(state: SynapseState, config: SynapseConfig, weights: str) -> dict[str, Any]:

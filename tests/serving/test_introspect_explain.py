@@ -407,6 +407,16 @@ def test_imported_pathways_act_like_consolidated_ones(client: TestClient) -> Non
     assert again["layers"][0]["routing"]["experts"] == kept.experts[0].tolist()
 
 
+def test_a_models_own_pathways_are_no_body_too_large() -> None:
+    with client_of(make_app(max_body=500)) as client:
+        found = client.get(f"{URL}/pathways", params={"session_id": session_of(client, PROMPT)})
+        assert len(found.content) > 500
+        imported = client.put(f"{URL}/pathways", json=found.json())
+        assert imported.status_code == 200, imported.text
+        run(client, prompt=PROMPT, max_tokens=1, interventions=imported.json()["interventions"])
+        refused(client.put(f"{URL}/pathways", json=found.json() | {"x": "x" * 3000}), 413, code="body_too_large")
+
+
 def test_pathways_of_another_kind_are_refused(client: TestClient) -> None:
     good = client.get(f"{URL}/pathways", params={"session_id": session_of(client, "abc")}).json()
     first = good["layers"][0]

@@ -152,10 +152,13 @@ def _write(solved: Tensor, keys: Tensor, decay: Tensor, state: Tensor) -> tuple[
     states = state.new_empty(solved.shape[0] + 1, *state.shape)
     writes = solved.new_empty(*solved.shape[:-1], width)
     states[0] = state
-    for n in range(solved.shape[0]):
-        torch.baddbmm(solved[n, ..., :width], solved[n, ..., width:], states[n], alpha=-1, out=writes[n])
-        torch.mul(states[n], decay[n, :, None, None], out=states[n + 1])
-        torch.baddbmm(states[n + 1], keys[n].transpose(-1, -2), writes[n], out=states[n + 1])
+    before, *others = states.unbind()
+    steps = (solved[..., :width], solved[..., width:], keys.transpose(-1, -2), decay[..., None, None], writes)
+    for after, u, w, k, kept, written in zip(others, *(x.unbind() for x in steps), strict=True):
+        torch.baddbmm(u, w, before, alpha=-1, out=written)
+        torch.mul(before, kept, out=after)
+        torch.baddbmm(after, k, written, out=after)
+        before = after
     return states, writes
 
 
@@ -167,10 +170,13 @@ def _write_backward(
     grads = grad_final.new_empty(solved.shape[0] + 1, *grad_final.shape)
     grad_u = torch.empty_like(grad_writes)
     grads[-1] = grad_final
-    for n in reversed(range(solved.shape[0])):
-        torch.baddbmm(grad_writes[n], keys[n], grads[n + 1], out=grad_u[n])
-        torch.addcmul(grad_entering[n], grads[n + 1], decay[n, :, None, None], out=grads[n])
-        torch.baddbmm(grads[n], solved[n, ..., width:].transpose(-1, -2), grad_u[n], alpha=-1, out=grads[n])
+    *others, after = grads.unbind()
+    steps = (grad_writes, grad_entering, solved[..., width:].transpose(-1, -2), keys, decay[..., None, None], grad_u)
+    for before, written, read, w, k, kept, u in reversed(list(zip(others, *(x.unbind() for x in steps), strict=True))):
+        torch.baddbmm(written, k, after, out=u)
+        torch.addcmul(read, after, kept, out=before)
+        torch.baddbmm(before, w, u, alpha=-1, out=before)
+        after = before
     return grads, grad_u
 
 

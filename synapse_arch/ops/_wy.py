@@ -131,8 +131,7 @@ def _overlap_backward(
     grad_log += fold_writes(felt.mul_(beta[..., None]), k.shape[2] // grad_log.shape[2], 2)
     del felt
     grad_pairs = _times_rows(grad.mul_(beta[..., None]), to_writes)
-    grad_k += grad_pairs @ k
-    grad_k += grad_pairs.transpose(-1, -2) @ k
+    grad_k += (grad_pairs + grad_pairs.transpose(-1, -2)) @ k
     return grad_beta
 
 

@@ -129,8 +129,10 @@ def _chunked(
     return y.reshape(batch, -1, channels)[:, :length], final
 
 
-AT_ONCE = 1 << 16
+AT_ONCE = 1 << 17
 """How many numbers of states step side by side on a CPU: as many as stay in its cache from one pass to the next."""
+FEWEST = 8
+"""Fewer chunks do not step side by side: the first pass over them would cost more than it saves."""
 
 
 class _Steps(NamedTuple):
@@ -167,8 +169,10 @@ class _Steps(NamedTuple):
 
 def _side_by_side(z: _Steps) -> list[slice]:
     """The chunks that step side by side: as many as a CPU's cache holds, elsewhere all."""
-    chunks = z.x.shape[1]
-    some = max(1, AT_ONCE // (len(z.x) * z.A.numel())) if z.x.device.type == "cpu" else chunks
+    chunks = some = z.x.shape[1]
+    if z.x.device.type == "cpu":
+        some = AT_ONCE // (len(z.x) * z.A.numel())
+        some = some if some >= FEWEST else 1
     return [slice(first, first + some) for first in range(0, chunks, some)]
 
 
@@ -203,7 +207,7 @@ class _TwoLevelScan(torch.autograd.Function):
         z = _Steps(x, dt, A.t().contiguous(), B, C, restart)
         like = torch.empty_like
         grads = _Steps(like(x), like(dt), torch.zeros_like(z.A), like(B), like(C), None)
-        carried = grad_final.transpose(1, 2)
+        grad_y, carried = grad_y.contiguous(), grad_final.transpose(1, 2)
         for chunks in reversed(_side_by_side(z)):
             carried = _scan_chunks_backward(
                 z.at(chunks), entering[:, chunks], grad_y[:, chunks], carried, grads.at(chunks)
@@ -255,14 +259,19 @@ def _scan_chunks_backward(z: _Steps, entering: Tensor, grad_y: Tensor, carried: 
     rates = torch.zeros_like(grad)
     for c in reversed(steps):
         grad.addcmul_(z.C[:, :, c, :, None], grad_y[:, :, c, None])
-        grads.C[:, :, c] = (history.pop() @ grad_y[:, :, c, :, None]).squeeze(-1)
+        grads.C[:, :, c] = _along_channels(grad_y[:, :, c], history.pop())
         grads.x[:, :, c] = (z.B[:, :, c, None] @ grad).squeeze(2)
-        grads.B[:, :, c] = (grad @ z.x[:, :, c, :, None]).squeeze(-1)
+        grads.B[:, :, c] = _along_channels(z.x[:, :, c], grad)
         exponent = grad.mul_(z.decay(c)) * history[-1]  # the gradient of dt A
         rates.addcmul_(exponent, z.dt[:, :, c, None])
         grads.dt[:, :, c] = exponent.mul_(z.A).sum(2)
     grads.A.add_(rates.sum((0, 1)))
     return grad[:, 0]
+
+
+def _along_channels(x: Tensor, h: Tensor) -> Tensor:
+    """Sums over D of x (B, n, D) and h (B, n, N, D): (B, n, N); with the row in front, which is faster on a CPU."""
+    return (x[:, :, None] @ h.transpose(-1, -2)).squeeze(2)
 
 
 _scan = opaque(

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.records import Cell, Record, best, read
+from paper.goals import Bar, bits, bits_of, equal_time
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "paper" / "results"
@@ -39,23 +39,6 @@ SAME_TIME = 0.15
 """Planned times that differ by less than this share count as equal."""
 FAIR_LOADS = 2
 """An expert's largest share of the assignments, over the share it had if all were equal."""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """Something the issue asks for.
-
-    Attributes:
-        what: what is measured.
-        value: what was reached, as printed; None where it was not run.
-        goal: what was asked for, as printed.
-        met: None where it was not run.
-    """
-
-    what: str
-    value: str | None
-    goal: str
-    met: bool | None
 
 
 class Numbers:
@@ -202,8 +185,8 @@ class Numbers:
     @property
     def led(self) -> list[str]:
         """Those of them where this library's median is ahead of every peer's, and not level with it."""
-        apart = [task for task in self.compared if self._lead(task) > 0 and task not in self.tied]
-        return [task for task in apart if task not in self.unlearned]
+        apart = {*self.compared} - {*self.tied, *self.unlearned}
+        return [task for task in self.compared if task in apart and self._lead(task) > 0]
 
     @property
     def unlearned(self) -> list[str]:
@@ -344,14 +327,16 @@ class Numbers:
 
     def _text_bars(self) -> list[Bar]:
         names = (OURS, *self.peers)
-        bars = [_equal_time("bytes, equal wall time", {name: self.cell(BYTES, name) for name in names})]
-        bars += [_equal_time(f"bytes, {seconds:.0f} seconds each", cells) for seconds, cells in self.longer.items()]
+        bars = [equal_time("bytes, equal wall time", {name: self.cell(BYTES, name) for name in names}, of=OURS)]
+        bars += [
+            equal_time(f"bytes, {seconds:.0f} seconds each", cells, of=OURS) for seconds, cells in self.longer.items()
+        ]
         for name, minutes in MINUTES.items():
             run, limit = self.read_in(minutes), self.compressor(name)
             reached = None if run is None else float(run["score"])
             met = None if reached is None or limit is None else reached < limit
             goal = f"below {name}" if limit is None else f"below {limit:.2f}, {name}"
-            bars.append(Bar(f"bytes, at most {minutes} minutes of training, bits per byte", _bits(reached), goal, met))
+            bars.append(Bar(f"bytes, at most {minutes} minutes of training, bits per byte", bits(reached), goal, met))
         return bars
 
     def _sparse_bars(self) -> list[Bar]:
@@ -359,7 +344,7 @@ class Numbers:
         if DENSE in self.models:
             ours, dense = self.pair(BYTES, DENSE)
             goal = "below dense" if dense.median is None else f"below {dense.median:.3f}, dense"
-            value = _bits_of(ours) if dense.found else None
+            value = bits_of(ours) if dense.found else None
             bars.append(Bar("bytes, sparse experts, bits per byte", value, goal, ours.better_than(dense)))
         value, met = None, None
         if self.routing is not None:
@@ -368,28 +353,8 @@ class Numbers:
         return [*bars, Bar("largest load of an expert, in fair shares", value, f"at most {FAIR_LOADS}", met)]
 
 
-def _equal_time(what: str, cells: Mapping[str, Cell]) -> Bar:
-    """Whether this library's model is ahead of every peer that was run."""
-    ours = cells[OURS].median
-    peers = [cell.median for name, cell in cells.items() if name != OURS and cell.median is not None]
-    least = min(peers, default=None)
-    met = None if ours is None or least is None else ours < least
-    goal = "below every peer" if least is None else f"below {least:.3f}, the best peer"
-    return Bar(f"{what}, bits per byte", _bits_of(cells[OURS]), goal, met)
-
-
 def _optional(file: Path) -> Record | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def _bits_of(cell: Cell) -> str | None:
-    """The median, and whether it is one seed's."""
-    shown = _bits(cell.median)
-    return f"{shown} (one seed)" if len(cell.scores) == 1 else shown
-
-
-def _bits(value: float | None) -> str | None:
-    return None if value is None else f"{value:.3f}"
 
 
 def _shape(config: Any) -> str:

@@ -86,10 +86,10 @@ def protocol(numbers: Numbers) -> str:
         ours, theirs = (numbers.tasks[task].protocols[scale] for scale in ("cpu", "published"))
         runs = [run for run in numbers.runs if run["task"] == task]
         rates = sorted({run["lr"] for run in runs} or ours.lrs)
-        steps = sorted({run["steps"] for run in runs} or {ours.steps})
+        steps = {run["steps"] for run in runs} or {ours.steps}
         rows.append(
             [task, f"{ours.d_model} × {ours.n_layers}", _examples(ours.train_examples), str(ours.batch_size),
-             " to ".join(map(whole, (steps[0], steps[-1])[: len(steps)])),
+             " to ".join(map(whole, sorted({min(steps), max(steps)}))),
              f"{_examples(theirs.train_examples)}, {whole(theirs.steps)}", ", ".join(map(plain, rates))]
         )  # fmt: skip
     head = ["Task", "Width × blocks", "Examples", "Batch", "Steps", "Published: examples, steps", "Learning rates"]

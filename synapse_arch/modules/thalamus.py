@@ -339,7 +339,7 @@ def pathways_of(coactivation: Tensor, top_k: int) -> Tensor:
         (E, E) with a diagonal of 0; 0 where i was never visited.
     """
     alone = coactivation.diagonal()
-    share = alone * top_k / alone.sum().clamp(min=torch.finfo(alone.dtype).tiny)
+    share = alone * top_k / alone.sum()
     lift = torch.where(alone[:, None] > 0, coactivation / alone[:, None] - share, 0.0)
     return lift.fill_diagonal_(0.0)
 

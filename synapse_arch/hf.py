@@ -10,7 +10,6 @@ is `SynapseForCausalLM.model`, a plain module, and `from_core` wraps one that is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 from synapse_arch.errors import CheckpointError, ConfigError, StateError, explain
 from synapse_arch.letters import byte_letters
-from synapse_arch.model import SynapseConfig, SynapseModel, SynapseState, accounting
+from synapse_arch.model import SynapseConfig, SynapseModel, SynapseState
+from synapse_arch.model.card import model_card
 from synapse_arch.model.loss import IGNORED
 
 try:
@@ -221,7 +221,7 @@ class SynapseForCausalLM(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *args, **options)
         card = Path(save_directory) / CARD
         if not card.exists():
-            card.write_text(model_card(self), encoding="utf-8")
+            card.write_text(model_card(self.model), encoding="utf-8")
 
     def forward(
         self,
@@ -352,18 +352,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model_card(model: SynapseForCausalLM) -> str:
-    """What save_pretrained says of a model: its regions, its size, how to use it; measured, not promised."""
-    core = model.config.core
-    parts = accounting.parameters(model.model)
-    rows = "\n".join(f"| {name} | {count:,} |" for name, count in sorted(parts.items()))
-    return CARD_TEXT.format(
-        layers=core.n_layers, width=core.d_model, vocabulary=core.vocab_size, rows=rows, total=sum(parts.values()),
-        active=accounting.active_parameters(model.model), state=accounting.state_bytes(core),
-        config=json.dumps(core.to_dict(), indent=2),
-    )  # fmt: skip
-
-
 def _mask(attention_mask: Tensor) -> Tensor | None:
     """As bool; None where nothing is padded, since a masked pass costs more."""
     if attention_mask.dim() != 2:
@@ -372,36 +360,6 @@ def _mask(attention_mask: Tensor) -> Tensor | None:
     mask = attention_mask.bool()
     return None if bool(mask.all()) else mask
 
-
-CARD_TEXT = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- synapse_arch
-- recurrent
----
-
-# A SynapseModel
-
-A language model without attention: {layers} layers of {width} channels, {vocabulary:,} tokens. Time a token and state
-({state:,} bytes a sequence) do not grow with the length of the text.
-
-| part | parameters |
-|---|---:|
-{rows}
-| **total** | {total:,} |
-| **a token is multiplied with** | {active:,} |
-
-    import synapse_arch.hf  # registers the architecture
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("this folder")
-
-What it was trained on, how well it does and what it must not be used for is for its trainer to add here.
-
-```json
-{config}
-```
-"""
 
 AutoConfig.register(SynapseHFConfig.model_type, SynapseHFConfig, exist_ok=True)
 AutoModelForCausalLM.register(SynapseHFConfig, SynapseForCausalLM, exist_ok=True)

@@ -323,7 +323,7 @@ class SynapseForCausalLM(PreTrainedModel, GenerationMixin):
         """Leaves every module as its own constructor made it; a checkpoint that lacks tensors is refused instead."""
 
     def _float32_names(self) -> Iterator[str]:
-        """What stays float32 when a model is loaded narrower: decay rates, routers, and their biases."""
+        """What stays float32 when a model is loaded narrower; transformers would make floats of other buffers too."""
         yield from (name for name, one in self.named_parameters() if getattr(one, "_keep_float32", False))
         yield from (name for name, one in self.named_buffers() if one.is_floating_point())
 

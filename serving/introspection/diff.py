@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from serving.errors import bad_request
 from serving.introspection.record import TraceRecord
 from serving.introspection.replay import Reader, Run, on_engine, pieces
+from serving.prefill import not_finite
 from serving.requests import Failed, Intervention, Token
 from serving.runtime import Runtime
 from serving.tickets import Ticket
@@ -109,7 +111,7 @@ async def compare(
         counts tokens of the output, None where none differs; kl_spread and spread are standard deviations over seeds.
 
     Raises:
-        ApiError: 400 where the run has no output.
+        ApiError: 400 where the run has no output. StateError: predictions under an intervention are not finite.
     """
     prompt, written = record.tokens()
     written = written[:max_tokens]
@@ -149,7 +151,11 @@ def divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 async def _changes(runtime: Runtime, base: Run, changes: Sequence[Sequence[Intervention]], prompt: int) -> list[Change]:
-    """Reads the run and the same run under each of `changes` side by side, piece by piece."""
+    """Reads the run and the same run under each of `changes` side by side, piece by piece.
+
+    Raises:
+        StateError: what one of them predicts, or its residual stream, is not finite.
+    """
     if not changes:
         return []
     runs = [base, *(dataclasses.replace(base, interventions=(*base.interventions, *one)) for one in changes)]
@@ -160,7 +166,10 @@ async def _changes(runtime: Runtime, base: Run, changes: Sequence[Sequence[Inter
         for reader, total in zip(readers[1:], sums, strict=True):
             other = await on_engine(runtime.engine, partial(_read, reader, piece))
             total.add(own, other, piece, range(prompt - 1, len(base.ids) - 1))
-    return [one.means(len(base.ids)) for one in sums]
+    found = [one.means(len(base.ids)) for one in sums]
+    if not all(math.isfinite(value) for one in found for value in (*one.kl, *one.effect)):
+        raise not_finite("NaN or infinite ones")
+    return found
 
 
 def _read(reader: Reader, piece: slice, model: SynapseModel) -> _Seen:

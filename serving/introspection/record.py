@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable
 from statistics import median
 
+from serving.errors import as_api_error
 from serving.introspection.columns import Ring
 from serving.requests import Done, Event, Failed, GenerationRequest, PromptRead, RowTrace, Token
 from synapse_arch.introspection import SynapseTrace
@@ -39,6 +40,7 @@ class View:
         ids, logprobs, entropies: of every token of the run, kept or not; NaN where nothing predicted it.
         prompt_tokens: how many of them are the prompt's.
         finish: how it ended: "stop", "length", "cancelled", "failed"; None while it runs.
+        error: why it failed, as its client is told; None where it did not.
         overflow: tokens that made room for later ones.
         seconds: "queue", "ttft", "itl_p50", "trace"; None where there is none yet.
         version: grows with every event.
@@ -51,6 +53,7 @@ class View:
     entropies: array[float]
     prompt_tokens: int
     finish: str | None
+    error: str | None
     overflow: int
     seconds: dict[str, float | None]
     version: int
@@ -102,6 +105,7 @@ class TraceRecord:
         self._queued: float | None = None
         self._times: list[float] = []
         self.finish: str | None = None
+        self._error: str | None = None
         self._closed = False
         self._watchers: set[Callable[[], None]] = set()
 
@@ -139,8 +143,10 @@ class TraceRecord:
                 self._ids.append(event.id)
                 self._logprobs.append(event.logprob)
                 self._entropies.append(event.entropy)
+            elif isinstance(event, Done):
+                self.finish = event.finish
             else:
-                self.finish = event.finish if isinstance(event, Done) else "failed"
+                self.finish, self._error = "failed", as_api_error(event.error).message
             if isinstance(event, PromptRead | Token) and event.trace is not None:
                 self._pending.append(event.trace)
             waiting = len(self._pending)
@@ -200,7 +206,7 @@ class TraceRecord:
             }
             return View(
                 trace, self.first, self._ids[:], self._logprobs[:], self._entropies[:], self._prompt_tokens,
-                self.finish, wanted - kept, seconds, version,
+                self.finish, self._error, wanted - kept, seconds, version,
             )  # fmt: skip
 
     def tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

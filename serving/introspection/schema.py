@@ -81,8 +81,8 @@ HEAD = {
     "every": {"type": "integer", "minimum": 1},
     "request": _object({
         "first": COUNT, "prompt_tokens": COUNT, "output_tokens": COUNT,
-        "finish": {"enum": ["stop", "length", "cancelled", "failed", None]}, "seed": COUNT,
-        "interventions": _list(TEXT),
+        "finish": {"enum": ["stop", "length", "cancelled", "failed", None]},
+        "error": {"type": ["string", "null"]}, "seed": COUNT, "interventions": _list(TEXT),
     }),
     "truncated": _object({"tokens": {"type": "boolean"}, "dropped": COUNT}),
     "timing": _object({"queue_ms": NUMBER, "ttft_ms": NUMBER, "itl_ms_p50": NUMBER, "trace_ms": NUMBER}),

@@ -48,6 +48,7 @@ def head(record: TraceRecord, view: View, card: dict[str, Any]) -> dict[str, Any
             "prompt_tokens": view.prompt_tokens,
             "output_tokens": len(view.ids) - view.prompt_tokens,
             "finish": view.finish,
+            "error": view.error,
             "seed": record.seed,
             "interventions": [one.kind for one in record.request.interventions],
         },

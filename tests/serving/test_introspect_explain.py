@@ -1,6 +1,7 @@
 """Why and what if: reads split into their sources, interventions checked, their effects against random ones."""
 
 import asyncio
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -237,15 +238,24 @@ def test_what_is_not_finite_is_a_refusal_wherever_it_is_seen(max_tokens: int, st
                 if not stream:
                     assert "logits: expected finite values" in refused(told, 400)["message"]
                 elif url == URL:
-                    assert '"finish":"failed"' in told.text.split("event: done")[1]
+                    last = json.loads(told.text.split("event: done\ndata: ")[1])["request"]
+                    assert last["finish"] == "failed"
+                    assert "logits: expected finite values" in last["error"]
                 else:
                     assert "logits: expected finite values" in told.text.split("data: ")[-1]
         for trace in client.get(URL).json()["traces"]:
             page = client.get(f"{URL}/traces/{trace['trace_id']}").json()
             assert page["request"]["finish"] == trace["finish"] == "failed"
+            assert "logits: expected finite values" in page["request"]["error"]
             assert client.get(f"{URL}/traces/{trace['trace_id']}.safetensors").status_code == 200
         if max_tokens:
             assert page["layers"][1]["memory"]["utilisation"] == [None, None]
+
+
+def test_a_comparison_under_what_overflows_says_so(client: TestClient) -> None:
+    page = run(client, prompt=PROMPT, max_tokens=4)
+    told = client.post(f"{URL}/traces/{page['trace_id']}/diff", json={"interventions": ENDLESS})
+    assert "logits: expected finite values" in refused(told, 400)["message"]
 
 
 def test_the_divergence_is_that_of_the_predictions_under_the_intervention(client: TestClient) -> None:

@@ -220,15 +220,15 @@ def _most_rows(x: Tensor, slots: int, experts: int) -> int:
 
 
 def _place(x: Tensor, order: Tensor, counts: Tensor) -> _Rows:
-    """Gives the slots their rows."""
+    """Gives the slots their rows; where the counts lie on a device, it is waited for once."""
     n, slots, experts = x.shape[0], order.shape[0], counts.shape[0]
     multiple, most = _row_multiple(x, slots, experts), _most_rows(x, slots, experts)
     filled = (counts + multiple - 1) // multiple * multiple
     starts = filled.cumsum(0) - filled
-    sections = zip(starts.tolist(), filled.tolist(), strict=True)
-    spans = [(e, slice(start, start + size)) for e, (start, size) in enumerate(sections) if size]
-    used = order[: int(counts.sum())]
-    shifts = (starts - (counts.cumsum(0) - counts)).repeat_interleave(counts)
+    known, first, size = torch.stack([counts, starts, filled]).tolist()
+    spans = [(e, slice(first[e], first[e] + size[e])) for e in range(experts) if size[e]]
+    used = order[: sum(known)]
+    shifts = (starts - (counts.cumsum(0) - counts)).repeat_interleave(counts, output_size=used.shape[0])
     row = order.new_full((slots,), most)
     row[used] = torch.arange(used.shape[0], device=x.device) + shifts
     token = order.new_full((most,), n)

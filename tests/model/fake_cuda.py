@@ -111,6 +111,9 @@ def cases(model: SynapseModel) -> Iterator[tuple[str, Callable[[], object]]]:
     ids = torch.zeros(2, 70, dtype=torch.long, device=CUDA)
     packing = {"segment_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
     yield "loss", lambda: model(ids, targets=ids)
+    if next(model.parameters()).dtype == torch.float32:
+        with torch.autocast("cuda", torch.bfloat16):
+            yield "loss under autocast", lambda: model(ids, targets=ids)
     yield "loss, packed", lambda: model(ids, targets=ids, **packing)
     if model.config != SynapseConfig.preset("tiny", n_layers=1):
         return
@@ -129,6 +132,8 @@ def main() -> None:
     """Runs every case."""
     ctypes.CDLL(sys.argv[1])
     torch.cuda._lazy_init = lambda: None
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.is_bf16_supported = lambda: True
     logging.disable(logging.WARNING)
     for function in list(functions()):
         function.apply = there_and_back(function)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from synapse_arch.errors import ConfigError, explain
 
 try:
@@ -14,9 +16,16 @@ except ModuleNotFoundError as error:
     remedy = "pip install 'synapse-arch[train]'"
     raise ModuleNotFoundError(explain("training", "accelerate and tqdm", error, remedy), name=error.name) from error
 
-__all__ = [
-    "Accelerator", "PartialState", "broadcast_object_list", "launched_precision", "parse_flag_from_env", "tqdm",
-]  # fmt: skip
+__all__ = ["Accelerator", "PartialState", "broadcast_object_list", "cpu_only", "launched_precision", "tqdm"]
+
+
+def cpu_only() -> bool:
+    """Whether training stays on the CPU: there is no CUDA device, or ACCELERATE_USE_CPU asks for it.
+
+    Said outright to Accelerate: several processes on a machine without an accelerator are otherwise as many runs of
+    one, and it would take devices on which nothing here was ever tried, such as the GPU of a Mac.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
 
 
 def launched_precision() -> str | None:

@@ -100,8 +100,8 @@ def load_model(folder: Path, adapter: Path | None) -> tuple[SynapseModel, Tokeni
         raise ConfigError(explain(f"tokenizer of {folder}", f"{model.config.vocab_size} tokens", got, remedy))
     if adapter is not None:
         model = load_lora(model, checkpoint.newest(adapter)).merge_and_unload()
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
+    if torch.cuda.is_available():
+        model = model.to("cuda")
     return model.eval(), tokenizer
 
 

@@ -81,7 +81,7 @@ def held_out_bits(
         nats = F.cross_entropy(
             out.logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        bits += nats.double().sum().cpu() / math.log(2)
+        bits += nats.cpu().double().sum() / math.log(2)
         read = target[target != IGNORED]
         count += int((read != SEPARATOR).sum() if sizes is None else sizes[read.cpu()].sum())
         state = out.state

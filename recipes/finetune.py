@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from recipes import checkpoint
-from recipes._accelerate import Accelerator, PartialState, launched_precision, parse_flag_from_env, tqdm
+from recipes._accelerate import Accelerator, PartialState, cpu_only, launched_precision, tqdm
 from recipes.adapters import add_lora, load_lora
 from recipes.checkpoint import Progress
 from recipes.finetuning import Command, FinetuneConfig, parse, resumed
@@ -270,8 +270,7 @@ def configure(command: Command) -> tuple[FinetuneConfig, Tokenizer, Pairs, Pairs
 def finetune(command: Command) -> bool:
     """Does what the command line asks for; False when the run was stopped before its end."""
     config, tokenizer, pairs, held_out = configure(command)
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu_only())
     if config.batch_size % accelerator.num_processes:
         expected = f"a multiple of {accelerator.num_processes} processes"
         raise ConfigError(explain("batch_size", expected, config.batch_size, "change --batch-size"))

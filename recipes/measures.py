@@ -94,7 +94,7 @@ def loss_by_position(
         out = model(ids[:, window].to(device), state)
         target = targets[:, window].to(device)
         nats = F.cross_entropy(out.logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-        bits[window] = nats.double().view(target.shape).sum(0).cpu() / math.log(2)
+        bits[window] = nats.cpu().double().view(target.shape).sum(0) / math.log(2)
         state = out.state
         update(target.shape[1])
     edges = [2**power for power in range(max(1, (length - 1).bit_length()))] + [length + 1]

@@ -21,8 +21,8 @@ from recipes._accelerate import (
     Accelerator,
     PartialState,
     broadcast_object_list,
+    cpu_only,
     launched_precision,
-    parse_flag_from_env,
     tqdm,
 )
 from recipes.command import Command, parse, resumed, settings
@@ -188,8 +188,7 @@ def train(command: Command) -> bool:
             raise ConfigError(explain("--print-config", "a preset of a known size", AUTO, remedy))
         print(show_config(config, config.model_config(tokenizer.vocab_size)))
         return True
-    # Said outright, since several processes on a machine without an accelerator are otherwise as many runs of one.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    cpu = cpu_only()
     state = PartialState(cpu=cpu)
     check_processes(config, state.num_processes)
     if not (command.resume or command.overwrite):

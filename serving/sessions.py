@@ -60,7 +60,7 @@ class Sessions:
 
     Args:
         store: where they are kept.
-        model: whose states they are; only the shapes of a fresh state are taken from it.
+        model: whose states they are; only a fresh state's shapes, and where the model lies, are taken from it.
         weights: SHA-256 of its weights, in hex; a session of other weights is refused.
         settings: limits.
 
@@ -101,7 +101,8 @@ class Sessions:
                 "give the key with --session-key-file, export it where it can be read, or begin a new one"
             )
             raise ApiError(409, message, param="session_id", code="session_of_another_model")
-        state = SynapseState.from_bytes(data, source="session") if data else None
+        device = self._model.embedding.weight.device  # where it will be gone on from
+        state = SynapseState.from_bytes(data, source="session").to(device) if data else None
         return Session(entry.id, owner, entry.version, entry.created, entry.used, state, len(data))
 
     def save(self, session: Session, state: SynapseState) -> Session:

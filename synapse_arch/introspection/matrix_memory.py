@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from synapse_arch.ops._backends import exact_dtype
 from synapse_arch.ops._packing import segment_index
 from synapse_arch.ops.delta_rule import Rule, delta_rule
 from synapse_arch.ops.mlstm import MLSTMState
@@ -245,8 +246,8 @@ def mlstm_stabilizer(
         so that log_f + m_{t-1} - m_t <= 0 everywhere.
     """
     kind = log_i.dtype
-    if log_i.device.type != "mps":  # no float64 there; elsewhere it keeps long cumulative sums exact
-        log_i, log_f, m_0 = log_i.double(), log_f.double(), m_0.double()
+    exact = exact_dtype(log_i)
+    log_i, log_f, m_0 = log_i.to(exact), log_f.to(exact), m_0.to(exact)
     if mask is not None:
         log_f = torch.where(mask[..., None], log_f, 0)
     total = log_f.cumsum(1)

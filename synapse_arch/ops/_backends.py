@@ -65,6 +65,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def exact_dtype(x: Tensor) -> torch.dtype:
+    """What long sums over `x` are kept in: float64, or float32 on the GPU of a Mac, which has no other."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast narrows matrix products on `x`'s device."""
     kind = x.device.type  # "meta" has none; torch.amp.is_autocast_available cannot be compiled before 2.12

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from synapse_arch.errors import StateError, explain
 from synapse_arch.ops import _triton
-from synapse_arch.ops._backends import compute_dtype, finite_log, is_step, no_autocast, widen
+from synapse_arch.ops._backends import compute_dtype, exact_dtype, finite_log, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import reach
 from synapse_arch.ops._linear import linear_chunks
@@ -232,7 +232,8 @@ def _running_stabiliser(log_i: Tensor, log_f: Tensor, m: Tensor, segments: Tenso
     With F the running sum of log f, m_t = F_t + max(m_0, max_{s <= t} (i_s − F_s)): summed in float64, so that nothing
     is lost behind strong forgetting.
     """
-    i, f = log_i.double(), log_f.double()
+    exact = exact_dtype(log_i)
+    i, f, m_0 = log_i.to(exact), log_f.to(exact), m.to(exact)
     if segments is not None:
         begins = _triton.begins(segments)[..., None]
         i = torch.where(begins, torch.maximum(i, f), i)  # from m = 0
@@ -243,8 +244,8 @@ def _running_stabiliser(log_i: Tensor, log_f: Tensor, m: Tensor, segments: Tenso
     total = f.cumsum(1)
     with torch.no_grad():
         largest = (i - total).cummax(1).values
-        every = (total + torch.maximum(largest, m.double()[:, None])).to(m.dtype)
-    last = total[:, -1] + torch.maximum((i - total).amax(1), m.double())
+        every = (total + torch.maximum(largest, m_0[:, None])).to(m.dtype)
+    last = total[:, -1] + torch.maximum((i - total).amax(1), m_0)
     return every, last.to(m.dtype)
 
 

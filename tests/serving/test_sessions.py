@@ -14,6 +14,9 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from serving.app import create_app
+from serving.sessions import Sessions
+from serving.stores.base import Limits
+from serving.stores.memory import MemoryStore
 from serving.tokens import Codec, byte_codec
 from synapse_arch import SynapseState
 from tests.helpers import assert_equal
@@ -55,6 +58,16 @@ def state_of(client: TestClient, session: str) -> SynapseState:
 
 
 class TestMemory:
+    def test_what_is_loaded_lies_where_the_model_does(self) -> None:
+        """Kept as bytes, it comes back on the CPU; a model on a GPU could not go on from there."""
+        for device in ("cpu", "meta"):
+            model = byte_model().to(device)
+            sessions = Sessions(MemoryStore(Limits(60.0, 2**20, 4)), model, "ab" * 32, settings())
+            made = sessions.create("me", byte_model().init_state(1))
+            loaded = sessions.load(made.id, "me").state
+            assert loaded is not None
+            loaded.check_against(model, 1, device=device)
+
     def test_a_session_goes_on_where_it_stood(self, client: TestClient) -> None:
         session = new(client)
         first = say(client, "Once upon", session)

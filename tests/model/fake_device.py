@@ -1,10 +1,10 @@
-"""A CUDA device that computes nothing, for machines without one: where tensors lie and who waits for them is told.
+"""A GPU that computes nothing, for machines without one: where tensors lie and who waits for them is told.
 
-    python -m tests.model.fake_cuda GUARD      prints as JSON, for each case, its error and what waited for the device
+    python -m tests.model.fake_device GUARDS    prints as JSON, for each case, its error and what waited for the device
 
-GUARD is the library that `test_fake_cuda.py` builds: a build of torch without CUDA does not know how to switch to such
-a device. torch's autograd engine does not run there, so each function of ours that has a backward pass of its own is
-led through it at once, with gradients of ones.
+GUARDS is the library that `test_fake_device.py` builds: a build of torch without CUDA does not know how to switch to
+such a device. torch's autograd engine does not run there, so each function of ours that has a backward pass of its own
+is led through it at once, with gradients of ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import synapse_arch
 from synapse_arch import Controls, Sampling, SynapseConfig, SynapseModel, TraceSpec
 
-CUDA = torch.device("cuda:0")
 LIBRARY = str(Path(synapse_arch.__file__).parent)
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -37,28 +36,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shared": {"experts.d_shared": 64, "thalamus.bias_rate": 0.01},
     "no-experts": {"experts": None},
 }
+KINDS = [
+    *(("cuda:0", variant, dtype) for variant in VARIANTS for dtype in (torch.bfloat16, torch.float32)),
+    *(("mps:0", variant, torch.float32) for variant in ("default", "s6")),
+]
 
 
-class Waits(FakeTensorMode):
+class Fake(FakeTensorMode):
     """Notes who reads a number out of a tensor, which is a wait for the device, and gives him a one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: list[str] = []
+        self.waits: list[str] = []
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(LIBRARY)]
-            self.places.append(f"{Path(frames[-1].filename).name}: {frames[-1].name}")
+            self.waits.append(f"{Path(frames[-1].filename).name}: {frames[-1].name}")
             return 1.0 if args[0].is_floating_point() else 1
-        return super().dispatch(func, types, args, kwargs)
+        found = super().dispatch(func, types, args, kwargs)
+        if isinstance(found, Tensor) and (found.device.type, found.dtype) == ("mps", torch.float64):
+            raise TypeError(f"{func}: a Mac's GPU has no float64")
+        return found
 
 
-def moved(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def moved(model: nn.Module, mode: FakeTensorMode, device: str) -> nn.Module:
     """The model with all its tensors on the device."""
 
     def there(x: Tensor) -> FakeTensor:
-        return FakeTensor(mode, torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), CUDA)
+        on_meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        return FakeTensor(mode, on_meta, torch.device(device))
 
     for module in model.modules():
         module._parameters = {k: v if v is None else nn.Parameter(there(v)) for k, v in module._parameters.items()}
@@ -82,7 +89,7 @@ class Context:
 
 def there_and_back(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Forward, then backward with gradients of ones, each of which must lie and be shaped as its argument."""
-    backward = function.backward.__wrapped__ if hasattr(function.backward, "__wrapped__") else function.backward
+    backward = getattr(function.backward, "__wrapped__", function.backward)  # without the check of once_differentiable
 
     def apply(*arguments: Any) -> Any:
         context = Context(arguments)
@@ -106,15 +113,15 @@ def functions() -> Iterator[type[torch.autograd.Function]]:
                 yield thing
 
 
-def cases(model: SynapseModel) -> Iterator[tuple[str, Callable[[], object]]]:
+def cases(model: SynapseModel, device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is done with a model, by name."""
-    ids = torch.zeros(2, 70, dtype=torch.long, device=CUDA)
+    ids = torch.zeros(2, 70, dtype=torch.long, device=device)
     packing = {"segment_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
     yield "loss", lambda: model(ids, targets=ids)
-    if next(model.parameters()).dtype == torch.float32:
+    yield "loss, packed", lambda: model(ids, targets=ids, **packing)
+    if (next(model.parameters()).dtype, device) == (torch.float32, "cuda:0"):
         with torch.autocast("cuda", torch.bfloat16):
             yield "loss under autocast", lambda: model(ids, targets=ids)
-    yield "loss, packed", lambda: model(ids, targets=ids, **packing)
     if model.config != SynapseConfig.preset("tiny", n_layers=1):
         return
     with torch.no_grad():
@@ -122,7 +129,7 @@ def cases(model: SynapseModel) -> Iterator[tuple[str, Callable[[], object]]]:
         yield "step", lambda: model(ids[:1, :1], model.init_state(1))
         yield "step of two", lambda: model(ids[:, :1], model.init_state(2))
         yield "trace", lambda: model(ids, trace=TraceSpec(level="full"))
-        yield "controls", lambda: model(ids, controls=Controls.neutral(model.config, 2, device=CUDA))
+        yield "controls", lambda: model(ids, controls=Controls.neutral(model.config, 2, device=device))
         state = model.init_state(2)
         yield "rows", lambda: (state.select([0, 0]), state.memory_only(), model.consolidate(state))
         yield "generate", lambda: model.generate(ids, sampling=Sampling(max_tokens=2, temperature=0.7, top_k=3, seed=0))
@@ -137,19 +144,19 @@ def main() -> None:
     logging.disable(logging.WARNING)
     for function in list(functions()):
         function.apply = there_and_back(function)
-    mode, found = Waits(), {}
-    for variant, changes in VARIANTS.items():
-        for dtype in (torch.bfloat16, torch.float32):
-            model = SynapseModel(SynapseConfig.preset("tiny", n_layers=1, **changes)).to(dtype)
-            moved(model, mode)
-            with mode:
-                for name, run in cases(model):
-                    mode.places, error = [], None
-                    try:
-                        run()
-                    except Exception as problem:
-                        error = f"{type(problem).__name__}: {problem}"
-                    found[f"{variant}, {str(dtype)[6:]}, {name}"] = {"error": error, "waits": mode.places}
+    mode, found = Fake(), {}
+    for device, variant, dtype in KINDS:
+        model = SynapseModel(SynapseConfig.preset("tiny", n_layers=1, **VARIANTS[variant])).to(dtype)
+        moved(model, mode, device)
+        with mode:
+            for name, run in cases(model, device):
+                mode.waits, error = [], None
+                try:
+                    run()
+                except Exception as problem:
+                    error = f"{type(problem).__name__}: {problem}"
+                case = ", ".join((device[:-2], variant, str(dtype)[6:], name))
+                found[case] = {"error": error, "waits": mode.waits}
     sys.stdout.write(json.dumps(found))
 
 

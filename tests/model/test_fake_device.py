@@ -73,4 +73,4 @@ def test_in_float32_experts_wait_once_a_pass(found: Found) -> None:
 def test_a_token_is_told_as_soon_as_it_is_drawn(found: Found) -> None:
     """What generating waits for: the range of the prompt's ids, then each token with what is said of it."""
     waits = set(found["cuda", "default", "bfloat16", "generate"]["waits"])
-    assert waits == {"generation.py: _check_prompt", "generation.py: choose"}
+    assert waits == {"decoder.py: _check_prompt", "decoder.py: choose"}

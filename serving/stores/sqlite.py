@@ -47,9 +47,7 @@ class SQLiteStore:
         self._limits = limits
         self._lock = threading.Lock()
         try:
-            path.touch(mode=0o600)
-            self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            self._connection.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {SCHEMA}")
+            self._connection = _opened(path)
         except (OSError, sqlite3.Error) as error:
             remedy = "check the folder and its permissions"
             raise ConfigError(explain(f"--session-store sqlite:{path}", "a database file", error, remedy)) from error
@@ -111,3 +109,14 @@ class SQLiteStore:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise StoreUnavailable(f"the session store does not answer: {error}") from error
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    path.touch(mode=0o600)
+    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    try:
+        connection.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {SCHEMA}")
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection

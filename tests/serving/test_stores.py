@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,6 +242,7 @@ class TestOpening:
         (tmp_path / "text.db").write_text("no database " * 100)
         with pytest.raises(ConfigError, match="a database file"):
             open_store(f"sqlite:{tmp_path / 'text.db'}", LIMITS)
+        gc.collect()  # Python 3.13 warns of a connection that was left open
 
     def test_a_file_is_for_its_owner_alone(self, tmp_path: Path) -> None:
         open_store(f"sqlite:{tmp_path / 'x.db'}", LIMITS).close()
@@ -267,6 +269,7 @@ def test_a_store_in_a_file_goes_on_after_a_write_that_failed(tmp_path: Path) -> 
     with pytest.raises(StoreUnavailable):
         store.save(entry("bad"))
     assert store.save(entry("a"))
+    store.close()
 
 
 def test_what_is_saved_counts_among_what_its_owner_holds(make: Callable[[Limits], Store]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from recipes import checkpoint, curves
-from recipes._accelerate import tqdm
+from recipes._accelerate import cpu_only, tqdm
 from recipes.adapters import load_lora
 from recipes.data import SEPARATOR, Document, Tokenizer, load_corpus, load_tokenizer, open_source
 from recipes.evaluation import compressors, held_out_bits
@@ -100,7 +100,7 @@ def load_model(folder: Path, adapter: Path | None) -> tuple[SynapseModel, Tokeni
         raise ConfigError(explain(f"tokenizer of {folder}", f"{model.config.vocab_size} tokens", got, remedy))
     if adapter is not None:
         model = load_lora(model, checkpoint.newest(adapter)).merge_and_unload()
-    if torch.cuda.is_available():
+    if not cpu_only():
         model = model.to("cuda")
     return model.eval(), tokenizer
 

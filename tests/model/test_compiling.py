@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,20 +18,12 @@ from synapse_arch.model._products import FEW, StreamedProducts
 from synapse_arch.model.compiling import GUARDED, GraphedStep, compiled_step, settled
 from synapse_arch.model.generation import generate, stream
 from synapse_arch.ops import expert_swiglu
+from tests.compiler import needs_compiler
 from tests.helpers import assert_same
 from tests.model.small import small_model, tokens
 
-
-def has_compiler() -> bool:
-    try:
-        return bool(get_cpp_compiler())
-    except InvalidCxxCompiler:
-        return False
-
-
 # The compiler warns itself, and hides it where it would be shown: that cannot be where warnings are errors.
 pytestmark = pytest.mark.filterwarnings("default")
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 
 
 @pytest.fixture(autouse=True)

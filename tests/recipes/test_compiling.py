@@ -8,25 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from recipes.compiling import compile_layers, eagerly
 from synapse_arch import SynapseConfig, SynapseModel, SynapseOutput
 from synapse_arch.errors import ConfigError
+from tests.compiler import needs_compiler
 from tests.recipes.running import SMALL
-
-
-def has_compiler() -> bool:
-    try:
-        return bool(get_cpp_compiler())
-    except InvalidCxxCompiler:
-        return False
-
 
 # The compiler warns itself, and hides it where it would be shown: that cannot be where warnings are errors.
 pytestmark = pytest.mark.filterwarnings("default")
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 
 
 @pytest.fixture(autouse=True)

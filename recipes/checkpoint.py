@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -307,6 +308,23 @@ def restore(folder: Path, model: SynapseModel, optimizer: torch.optim.Optimizer)
     return progress
 
 
+def json_text(values: dict[str, Any], *, indent: int | None = None) -> str:
+    """`values` as JSON; it has no NaN and no infinities, such a number is null there.
+
+    >>> json_text({"loss": float("nan"), "steps": 3})
+    '{"loss": null, "steps": 3}'
+    """
+    return json.dumps(_finite(values), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes `values` aside and renames, so that the file is there whole or not at all, whatever goes down.
 
@@ -316,7 +334,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     aside = path.with_name(f".{path.name}")
     try:
         aside.unlink(missing_ok=True)
-        _files.write_text(aside, json.dumps(values, indent=2) + "\n")
+        _files.write_text(aside, json_text(values, indent=2) + "\n")
         _files.commit(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)

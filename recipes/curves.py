@@ -94,7 +94,7 @@ def draw_context(parts: list[dict[str, Any]], path: Path) -> Path | None:
 
 def _log(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [_numbers(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise DataError(explain(str(path), "the log of a run", error, "check the folder")) from error
     if not lines:
@@ -102,6 +102,11 @@ def _log(path: Path) -> list[dict[str, Any]]:
     if "bits_per_byte" not in lines[0]:
         raise DataError(explain(str(path), "the log of recipes/train.py", f"one of {', '.join(lines[0])}"))
     return lines
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """What was no finite number when it was written is null in JSON."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def _bits(panel: Any, lines: list[dict[str, Any]], out: Path) -> None:
@@ -116,7 +121,7 @@ def _bits(panel: Any, lines: list[dict[str, Any]], out: Path) -> None:
         panel.plot(*zip(*looks, strict=True), "o", markersize=4, color=MARK, label="held-out sample")
     if (out / RESULT_FILE).exists():
         result = json.loads((out / RESULT_FILE).read_text(encoding="utf-8"))
-        for (name, value), style in zip(result["bits_per_byte"].items(), ("-", "--", ":"), strict=False):
+        for (name, value), style in zip(_numbers(result["bits_per_byte"]).items(), ("-", "--", ":"), strict=False):
             label = f"{'held out, whole' if name == 'model' else name}: {value:.2f}"
             panel.axhline(value, color=MARK if name == "model" else "0.45", linestyle=style, linewidth=1, label=label)
     panel.legend(frameon=False, fontsize=8)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -208,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             raise CheckpointError(explain(f"--out {options.out}", "a folder to write to", error.strerror)) from error
         result = judge(options)
-        checkpoint.write_json(options.out / JSON_FILE, json.loads(json.dumps(result)))
+        checkpoint.write_json(options.out / JSON_FILE, result)
         write_table(options.out / TABLE_FILE, result)
         picture = curves.draw_context(result["context"], options.out / PICTURE_FILE) if options.context else None
     except SynapseError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -218,7 +217,7 @@ class Finetuner:
         line = {"step": self.progress.step, "seconds": self.progress.seconds, **figures}
         try:
             with (self.out / checkpoint.LOG_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(checkpoint.json_text(line) + "\n")
         except OSError as error:
             tqdm.write(f"step {self.progress.step} is missing in the log, training goes on: {error}", file=sys.stderr)
 

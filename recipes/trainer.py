@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import time
@@ -360,7 +359,7 @@ class Trainer:
         self.accelerator.log({name: value for name, value in line.items() if name != "load"}, step=line["step"])
         try:
             with (self.out / checkpoint.LOG_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(checkpoint.json_text(line) + "\n")
         except OSError as error:
             bar.say(f"step {self.progress.step} is missing in the log, training goes on: {error}")
 

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from recipes import checkpoint, trainer
+from recipes import checkpoint, curves, trainer
 from recipes._accelerate import PartialState
 from recipes.data import Batch, Windows
 from recipes.train import main, precision, speedup_bf16
@@ -361,6 +362,25 @@ def test_a_model_that_diverged_is_reported_as_such(
     shown = capsys.readouterr().out
     assert "this model    nan  not a finite number" in shown
     assert "a smaller learning rate" in shown
+    assert strictly(tmp_path / "result.json")["bits_per_byte"]["model"] is None
+
+
+def strictly(file: Path) -> Any:
+    """What a reader of JSON reads that has no NaN."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_the_log_of_a_run_that_diverged_is_json_and_can_be_drawn(tmp_path: Path) -> None:
+    lines = [{"step": 10, "bits_per_byte": 2.5, "language": 1.7}, {"step": 20, "bits_per_byte": math.nan}]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(checkpoint.json_text(line) + "\n" for line in lines), encoding="utf-8")
+    assert "NaN" not in log.read_text(encoding="utf-8")
+    checkpoint.write_json(tmp_path / "result.json", {"bits_per_byte": {"model": math.nan, "xz -9": 1.8}})
+    assert curves.draw(tmp_path) == tmp_path / "curves.png"
 
 
 def test_steps_lost_here_and_there_do_not_end_a_run(

@@ -28,7 +28,7 @@ def record(folder: Path) -> dict[str, Any]:
     """A finished run on the built-in corpus in the format of the byte task's records, and the compressors.
 
     Raises:
-        ConfigError: the run is not finished, or was on other text. CheckpointError: it is no folder of a run.
+        ConfigError: the run is not finished, diverged, or was on other text. CheckpointError: it is no folder of a run.
     """
     stored, corpus = read_run(folder)
     run = RunConfig.from_dict(stored)
@@ -41,6 +41,8 @@ def record(folder: Path) -> dict[str, Any]:
     model = SynapseModel.from_pretrained(latest(folder))
     bits = dict(result["bits_per_byte"])
     score = bits.pop("model")
+    if score is None:
+        raise ConfigError(explain(str(folder), "a finite score", "none", "the run diverged: train with a smaller lr"))
     place["threads"] = run.threads or place["threads"]
     return {
         "task": "bytes",

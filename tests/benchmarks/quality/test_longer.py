@@ -48,6 +48,17 @@ def test_the_record_repeats_the_run(finished: Path, tmp_path: Path) -> None:
     assert record["parameters"] > record["active_parameters"] > record["state_numbers"] > 0
 
 
+def test_a_run_that_diverged_is_refused(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = built_in(finished) / "result.json"
+    whole = file.read_text()
+    result = json.loads(whole)
+    file.write_text(json.dumps(result | {"bits_per_byte": result["bits_per_byte"] | {"model": None}}))
+    assert longer.main([str(finished), "--results", str(tmp_path)]) == 2
+    file.write_text(whole)
+    assert "diverged" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unfinished_run_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (built_in(finished) / "result.json").unlink()
     assert longer.main([str(finished)]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -61,6 +62,23 @@ def _routes(routes: Any) -> Iterator[Any]:
             nested = getattr(route, "routes", None) or getattr(getattr(route, "original_router", None), "routes", None)
             assert nested, f"{route!r} is neither a route nor a router: this test would miss it"
             yield from _routes(nested)
+
+
+def test_a_client_that_leaves_before_its_body_ends_is_not_waited_for(app: FastAPI) -> None:
+    messages = iter([{"type": "http.request", "body": b'{"pro', "more_body": True}, {"type": "http.disconnect"}])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    asyncio.run(app(scope | {"query_string": b"", "http_version": "1.1", "scheme": "http"}, receive, send))
+    assert sent[0]["status"] == 400
+    assert json.loads(sent[1]["body"])["error"]["code"] == "incomplete_body"
 
 
 class TestKeys:

@@ -54,10 +54,8 @@ def linear_chunks(
         y (B, T, H, V), what is read of the normaliser (B, T, H), empty without one, and the state (B, H, V', K) that
         leaves the last chunk.
     """
-    groups, steps = q.shape[2], k.shape[1] // q.shape[1]
-    pairs, carried = each_write(visible.pairs, steps), visible.carried
-    if carried is not None:
-        pairs, carried = pairs.repeat_interleave(groups, 1), carried.repeat_interleave(groups, 1)
+    pairs, carried = visible.of_heads(q.shape[2])
+    pairs = each_write(pairs, k.shape[1] // q.shape[1])
     return _LinearChunks.apply(state, size, q, k, v, write, log_decay, pairs, carried, skip)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -111,7 +109,7 @@ def _cut(x: _Arguments, size: int, dtype: torch.dtype) -> _Chunks:
     q, k = chunks_first(x.q, size, dtype), chunks_first(x.k, size * steps, dtype)
     v, write = (chunks_first(y, size * steps, dtype).unflatten(1, (rows, -1)) for y in (x.v, x.write))
     rates = chunks_first(x.log_decay, size, dtype).unflatten(1, (rows, -1))
-    scores = (q @ k.transpose(-1, -2)).masked_fill_(~x.pairs, 0.0)
+    scores = (q @ k.transpose(-1, -2)).mul_(x.pairs)
     decays = each_write(decay_gaps(rates).exp_(), steps)
     to_end = decays[..., -1, :] * x.pairs[..., -1, :].unsqueeze(-2)
     from_start = rates.cumsum(-1).exp_()
@@ -171,7 +169,7 @@ def _gradients(
     grad_log = z.decays.mul_(z.scores).mul_(arriving)
     grad_log[..., -1, :].addcmul_(grad_to_end, z.to_end)
     grad_write = grad_log.sum(-2)
-    grad_scores = _over_heads(arriving.mul_(strengths)).masked_fill_(~x.pairs, 0.0)
+    grad_scores = _over_heads(arriving.mul_(strengths)).mul_(x.pairs)
     grad_q += grad_scores @ z.k
     grad_k += grad_scores.transpose(-1, -2) @ z.q
     steps = x.k.shape[1] // x.q.shape[1]

@@ -2,7 +2,7 @@
 
 With Γ_ij = exp(G_i − G_j) for j <= i, Y the values as they are to be added, and b = exp(G) from the chunk's start:
 
-    L = tril(diag(β) K Kᵀ ∘ Γ, −1),  [U, W] = (I + L)⁻¹ [Y, diag(β b) K],  V' = U − W S,
+    L = tril(diag(β) K Kᵀ ∘ Γ, −1),  U = (I + L)⁻¹ Y,  W = (I + L)⁻¹ diag(β b) K,  V' = U − W S,
     O = (Q Kᵀ ∘ Γ) V' + diag(b) Q S,  S ← b_last S + (K ∘ Γ_last)ᵀ V'
 
 where the M writes of a position share its G and b; only the queries' rows of O are ever formed.
@@ -24,7 +24,14 @@ from synapse_arch.ops._opaque import opaque, operator
 
 
 def delta_chunks(
-    q: Tensor, k: Tensor, added: Tensor, beta: Tensor, gaps: Tensor, from_start: Tensor, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    added: Tensor,
+    beta: Tensor,
+    gaps: Tensor,
+    pairs: Tensor,
+    from_start: Tensor,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Computes O and the last S of the equations above.
 
@@ -33,14 +40,15 @@ def delta_chunks(
         k: (N, R, c, K).
         added: (N, R, c, V) Y.
         beta: (N, R, c).
-        gaps: (N, R, p, p) log Γ between positions, -inf where i may not read j.
+        gaps: (N, R, p, p) log Γ between positions.
+        pairs: (p, p) or (N, R, p, p) bool: position i may read j.
         from_start: (N, R, p) b, 0 where i may not read the incoming state.
         state: (R, K, V) that enters the first chunk.
 
     Returns:
         O (N, R, p, V), and the state (R, K, V) that leaves the last chunk.
     """
-    return _DeltaChunks.apply(q, k, added, beta, gaps, from_start, state)  # type: ignore[no-any-return, no-untyped-call]
+    return _DeltaChunks.apply(q, k, added, beta, gaps, pairs, from_start, state)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _DeltaChunks(torch.autograd.Function):
@@ -48,35 +56,42 @@ class _DeltaChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, added: Tensor, beta: Tensor, gaps: Tensor, from_start: Tensor, state: Tensor
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        added: Tensor,
+        beta: Tensor,
+        gaps: Tensor,
+        pairs: Tensor,
+        from_start: Tensor,
+        state: Tensor,
     ) -> tuple[Tensor, Tensor]:
         steps = k.shape[2] // q.shape[2]
-        decays = gaps.exp()
+        decays = gaps.exp().mul_(pairs)
         to_writes = each_write(decays, steps)
         overlap = _times_rows(k @ k.transpose(-1, -2), to_writes).tril_(-1)
         inverse = unit_lower_inverse(overlap * beta[..., None])
-        erasing = k * (beta * each_write(from_start, steps))[..., None]
-        solved = inverse @ torch.cat([added, erasing], dim=-1)
+        u = inverse @ added
+        w = inverse @ (k * (beta * each_write(from_start, steps))[..., None])
         scores = (q @ k.transpose(-1, -2)).mul_(to_writes)
-        keys_out = k * to_writes[..., -1, :, None]
-        states, writes = _write_chunks(solved, keys_out, from_start[..., -1], state)
+        states, writes = _write_chunks(u, w, k * to_writes[..., -1, :, None], from_start[..., -1], state)
         entering, final = states[:-1], states[-1].clone()
-        ctx.save_for_backward(q, k, beta, decays, from_start, overlap, inverse, solved, scores, entering, writes)
-        return torch.addcmul(scores @ writes, q @ entering, from_start[..., None]), final
+        ctx.save_for_backward(q, k, beta, decays, from_start, overlap, inverse, u, w, scores, entering, writes)
+        return _add_product(scores @ writes, q * from_start[..., None], entering), final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         with no_autocast(grad):  # where a caller runs backward() under it
             return _DeltaChunks._gradients(ctx, grad, grad_final)
 
     @staticmethod
-    def _gradients(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:
-        q, k, beta, decays, from_start, overlap, inverse, solved, scores, entering, writes = ctx.saved_tensors
-        steps, width = k.shape[2] // q.shape[2], writes.shape[-1]
+    def _gradients(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, beta, decays, from_start, overlap, inverse, u, w, scores, entering, writes = ctx.saved_tensors
+        steps, grad = k.shape[2] // q.shape[2], grad.contiguous()  # it is multiplied four times
         to_writes = each_write(decays, steps)
         leaving, grad_u = _write_chunks_backward(
-            solved,
+            w,
             k * to_writes[..., -1, :, None],
             from_start[..., -1],
             scores.transpose(-1, -2) @ grad,
@@ -92,18 +107,23 @@ class _DeltaChunks(torch.autograd.Function):
         grad_k.addcmul_(kept, to_writes[..., -1, :, None])
         del kept, leaving
 
-        grad_w = (grad_u @ entering.transpose(-1, -2)).neg_()
-        grad_solved = inverse.transpose(-1, -2) @ torch.cat([grad_u, grad_w], dim=-1)
-        del grad_u, grad_w
-        grad_added, grad_erasing = grad_solved[..., :width], grad_solved[..., width:]
-        shared, along = each_write(from_start, steps), torch.linalg.vecdot(grad_erasing, k)
-        grad_k.addcmul_(grad_erasing, (beta * shared)[..., None])
+        grad_added = inverse.transpose(-1, -2) @ grad_u
+        grad_erased = inverse.transpose(-1, -2) @ (grad_u @ entering.transpose(-1, -2))  # W's, but for its sign
+        del grad_u
+        shared, along = each_write(from_start, steps), torch.linalg.vecdot(grad_erased, k).neg_()
+        grad_k.addcmul_(grad_erased, (beta * shared)[..., None], value=-1)
         grad_from_start += fold_writes(beta * along, steps, 2)
-        grad_overlap = (grad_solved @ solved.transpose(-1, -2)).neg_().tril_(-1)
-        grad_beta = _overlap_backward(grad_overlap, k, beta, to_writes, overlap, grad_k, grad_log).addcmul_(
-            shared, along
-        )
-        return grad_q, grad_k, grad_added, grad_beta, fold_writes(grad_log, steps, 3), grad_from_start, grad_state
+        grad_overlap = _add_product(grad_erased @ w.transpose(-1, -2), grad_added, u.transpose(-1, -2), alpha=-1)
+        grad_beta = _overlap_backward(grad_overlap.tril_(-1), k, beta, to_writes, overlap, grad_k, grad_log)
+        grad_beta.addcmul_(shared, along)
+        return grad_q, grad_k, grad_added, grad_beta, fold_writes(grad_log, steps, 3), None, grad_from_start, grad_state
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Adds alpha times left @ right (N, R, ...) to a contiguous `total`, in place."""
+    there = total.flatten(0, 1)
+    torch.baddbmm(there, left.flatten(0, 1), right.flatten(0, 1), alpha=alpha, out=there)
+    return total
 
 
 def _read_backward(grad: Tensor, q: Tensor, from_start: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,20 +161,18 @@ def _times_rows(x: Tensor, weights: Tensor) -> Tensor:
     return x
 
 
-def _write(solved: Tensor, keys: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _write(u: Tensor, w: Tensor, keys: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence over chunks: V' = U − W S, S ← decay · S + keysᵀ V'.
 
     Returns:
         The states between the chunks (N + 1, R, K, V), and V' (N, R, c, V).
     """
-    width = state.shape[-1]
-    states = state.new_empty(solved.shape[0] + 1, *state.shape)
-    writes = solved.new_empty(*solved.shape[:-1], width)
+    states, writes = state.new_empty(len(u) + 1, *state.shape), torch.empty_like(u)
     states[0] = state
     before, *others = states.unbind()
-    steps = (solved[..., :width], solved[..., width:], keys.transpose(-1, -2), decay[..., None, None], writes)
-    for after, u, w, k, kept, written in zip(others, *(x.unbind() for x in steps), strict=True):
-        torch.baddbmm(u, w, before, alpha=-1, out=written)
+    steps = (u, w, keys.transpose(-1, -2), decay[..., None, None], writes)
+    for after, added, erasing, k, kept, written in zip(others, *(x.unbind() for x in steps), strict=True):
+        torch.baddbmm(added, erasing, before, alpha=-1, out=written)
         torch.mul(before, kept, out=after)
         torch.baddbmm(after, k, written, out=after)
         before = after
@@ -162,29 +180,28 @@ def _write(solved: Tensor, keys: Tensor, decay: Tensor, state: Tensor) -> tuple[
 
 
 def _write_backward(
-    solved: Tensor, keys: Tensor, decay: Tensor, grad_writes: Tensor, grad_entering: Tensor, grad_final: Tensor
+    w: Tensor, keys: Tensor, decay: Tensor, grad_writes: Tensor, grad_entering: Tensor, grad_final: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same backwards: gradients of the states (N + 1, R, K, V), and of V' and U (N, R, c, V)."""
-    width = grad_writes.shape[-1]
-    grads = grad_final.new_empty(solved.shape[0] + 1, *grad_final.shape)
-    grad_u = torch.empty_like(grad_writes)
+    grads, grad_u = grad_final.new_empty(len(w) + 1, *grad_final.shape), torch.empty_like(grad_writes)
     grads[-1] = grad_final
     *others, after = grads.unbind()
-    steps = (grad_writes, grad_entering, solved[..., width:].transpose(-1, -2), keys, decay[..., None, None], grad_u)
-    for before, written, read, w, k, kept, u in reversed(list(zip(others, *(x.unbind() for x in steps), strict=True))):
-        torch.baddbmm(written, k, after, out=u)
+    steps = (grad_writes, grad_entering, w.transpose(-1, -2), keys, decay[..., None, None], grad_u)
+    chunks = list(zip(others, *(x.unbind() for x in steps), strict=True))
+    for before, written, read, erasing, k, kept, added in reversed(chunks):
+        torch.baddbmm(written, k, after, out=added)
         torch.addcmul(read, after, kept, out=before)
-        torch.baddbmm(before, w, u, alpha=-1, out=before)
+        torch.baddbmm(before, erasing, added, alpha=-1, out=before)
         after = before
     return grads, grad_u
 
 
 _write_chunks = operator(
-    _write, "write_chunks(Tensor solved, Tensor keys, Tensor decay, Tensor state) -> (Tensor, Tensor)"
+    _write, "write_chunks(Tensor u, Tensor w, Tensor keys, Tensor decay, Tensor state) -> (Tensor, Tensor)"
 )
 _write_chunks_backward = operator(
     _write_backward,
-    "write_chunks_backward(Tensor solved, Tensor keys, Tensor decay, Tensor grad_writes, Tensor grad_entering,"
+    "write_chunks_backward(Tensor w, Tensor keys, Tensor decay, Tensor grad_writes, Tensor grad_entering,"
     " Tensor grad_final) -> (Tensor, Tensor)",
 )
 

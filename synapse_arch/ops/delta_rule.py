@@ -214,14 +214,14 @@ def _chunked_delta(z: _Inputs, visible: Reach, size: int) -> tuple[Tensor, Tenso
     """One triangular system a chunk, see `_wy`."""
     dtype, rows = z.state.dtype, z.state.shape[:2]
     added = z.v * (z.beta[..., None] if z.write is None else z.write)
-    rates = chunks_first(z.log_decay, size, dtype).unflatten(1, rows)  # (N, B, H, p)
-    gaps = decay_gaps(rates).masked_fill(~visible.pairs.unsqueeze(-3), -torch.inf)
+    pairs, carried = visible.of_heads(rows[1])
+    rates = chunks_first(z.log_decay, size, dtype)  # (N, B H, p)
     from_start = rates.cumsum(-1).exp()
-    if visible.carried is not None:
-        from_start = from_start * visible.carried[:, :, None]
+    if carried is not None:
+        from_start = from_start * carried
     q = chunks_first(z.q, size, dtype)  # (N, B H, p, K)
     k, added, beta = (chunks_first(x, size * z.steps, dtype) for x in (z.k, added, z.beta))  # (N, B H, c, ...)
-    o, final = delta_chunks(q, k, added, beta, gaps.flatten(1, 2), from_start.flatten(1, 2), z.state.flatten(0, 1))
+    o, final = delta_chunks(q, k, added, beta, decay_gaps(rates), pairs, from_start, z.state.flatten(0, 1))
     return unchunk_first(o, *z.q.shape[:2]), final.unflatten(0, rows)
 
 

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out
     if path is None and not (options.quick or options.only):
         path = ROOT / "benchmarks" / "results" / f"peers-{machine_slug(place)}.json"
+    if path is None:
+        print("The figures are shown and not kept; --out FILE keeps them.", file=sys.stderr)
     figures: list[Figure] = []
     with growing_report(path, place) as write:
         for index, name in enumerate(wanted):

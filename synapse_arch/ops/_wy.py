@@ -55,17 +55,8 @@ class _DeltaChunks(torch.autograd.Function):
     """Keeps the triangular inverse, what it solved for, and the states; some 30 passes backward, not 60."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        added: Tensor,
-        beta: Tensor,
-        gaps: Tensor,
-        pairs: Tensor,
-        from_start: Tensor,
-        state: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, added, beta, gaps, pairs, from_start, state = arguments
         steps = k.shape[2] // q.shape[2]
         decays = gaps.exp().mul_(pairs)
         to_writes = each_write(decays, steps)

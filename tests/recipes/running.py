@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file
@@ -17,8 +18,17 @@ SMALL = (
 )  # fmt: skip
 
 
+def strictly(text: str) -> Any:
+    """What a reader of JSON reads that has no NaN."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def losses(out: Path) -> list[float]:
-    return [json.loads(line)["language"] for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [strictly(line)["language"] for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from synapse_arch import ExpertsConfig, SynapseConfig, SynapseModel, ThalamusCon
 from synapse_arch.errors import CheckpointError, ConfigError
 from tests.helpers import assert_close
 from tests.model.small import small_config, small_model, tokens
-from tests.recipes.running import ROOT
+from tests.recipes.running import ROOT, strictly
 
 peft = pytest.importorskip("peft")
 
@@ -145,8 +145,16 @@ def arguments(files: Path, out: Path, task: str, *more: str) -> list[str]:
     return [*given, "--batch-size", "2", "--lr", "3e-2", "--schedule", "linear", *more]
 
 
-def log(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+def log(out: Path) -> list[dict[str, Any]]:
+    return [strictly(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_that_diverges_is_stopped_and_its_log_is_json(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(files, tmp_path, "sft", "--lr", "1e30", "--epochs", "20", "--method", "full")) == 2
+    assert "lower --lr" in capsys.readouterr().err
+    assert [line["language"] for line in log(tmp_path)].count(None) > 0
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -12,18 +12,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from recipes import checkpoint, curves, trainer
+from recipes import checkpoint, trainer
 from recipes._accelerate import PartialState
 from recipes.data import Batch, Windows
 from recipes.train import main, precision, speedup_bf16
 from synapse_arch import SynapseModel
 from synapse_arch.errors import CheckpointError
-from tests.recipes.running import ROOT, losses, same, weights
+from tests.recipes.running import ROOT, losses, same, strictly, weights
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -169,6 +168,16 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(
     assert main([*arguments, "--out", str(tmp_path), "--steps", "20"]) == 0
     assert json.loads((tmp_path / "result.json").read_text())["skipped"] == 3
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_the_log_of_a_skipped_step_is_json_and_drawn(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison([9], monkeypatch)  # the first one that is logged
+    assert main([*arguments, "--out", str(tmp_path), "--steps", "20"]) == 0
+    lines = [strictly(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["norm"] is None] == [10]
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_ten_in_a_row_stop_the_run_at_its_last_checkpoint(
@@ -362,25 +371,7 @@ def test_a_model_that_diverged_is_reported_as_such(
     shown = capsys.readouterr().out
     assert "this model    nan  not a finite number" in shown
     assert "a smaller learning rate" in shown
-    assert strictly(tmp_path / "result.json")["bits_per_byte"]["model"] is None
-
-
-def strictly(file: Path) -> Any:
-    """What a reader of JSON reads that has no NaN."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-def test_the_log_of_a_run_that_diverged_is_json_and_can_be_drawn(tmp_path: Path) -> None:
-    lines = [{"step": 10, "bits_per_byte": 2.5, "language": 1.7}, {"step": 20, "bits_per_byte": math.nan}]
-    log = tmp_path / "log.jsonl"
-    log.write_text("".join(checkpoint.json_text(line) + "\n" for line in lines), encoding="utf-8")
-    assert "NaN" not in log.read_text(encoding="utf-8")
-    checkpoint.write_json(tmp_path / "result.json", {"bits_per_byte": {"model": math.nan, "xz -9": 1.8}})
-    assert curves.draw(tmp_path) == tmp_path / "curves.png"
+    assert strictly((tmp_path / "result.json").read_text())["bits_per_byte"]["model"] is None
 
 
 def test_steps_lost_here_and_there_do_not_end_a_run(

@@ -60,6 +60,14 @@ def test_equals_a_loop_over_tokens(backend: str, unused: float) -> None:
 
 
 @FORMS
+@pytest.mark.parametrize("slots", [1, 2])
+def test_equals_a_loop_with_fewer_experts_a_token(backend: str, slots: int) -> None:
+    tensors, indices = draw(dtype_of(backend)), route()[:, :slots]
+    tensors["weights"] = tensors["weights"][:, :slots]
+    assert_same(run(backend, indices, tensors), measure(lambda z: by_token(z, indices), tensors))
+
+
+@FORMS
 def test_experts_without_tokens_and_one_expert_twice(backend: str) -> None:
     tensors, indices = draw(dtype_of(backend)), route(0.1, experts=2)
     result = run(backend, indices, tensors)

@@ -1,4 +1,4 @@
-"""Each recurrence with kernels, forward alone and with its gradients: kernels, chunked, chunked compiled, fla's own.
+"""Each recurrence with kernels, forward alone and with its gradients: kernels, chunked, fusible compiled, fla's own.
 
 fla's functions of the same recurrence are called as they are, on inputs made ready for them.
 """
@@ -55,15 +55,15 @@ def measure(
 
 def _ours(name: str, case: Case, inputs: Tensors, sound: set[str], backward: bool, compiled: bool) -> Jobs:
     forms: Jobs = {}
-    for backend in ("triton", "chunked"):
+    for backend in ("triton", "chunked", "fusible"):
         if f"{name} {backend}" not in sound:
             continue
         call = partial(case.call, backend=backend, packing={})
-        forms[backend] = _job(lambda z, c=call: c(z)["y"], inputs, backward)
-        if compiled and backend == "chunked" and backward:
+        if backend != "fusible":
+            forms[backend] = _job(lambda z, c=call: c(z)["y"], inputs, backward)
+        elif compiled and backward:
             torch.compiler.reset()
-            fused = torch.compile(lambda z, c=call: c(z)["y"])
-            forms["chunked, compiled"] = _job(fused, inputs, backward)
+            forms["fusible, compiled"] = _job(torch.compile(lambda z, c=call: c(z)["y"]), inputs, backward)
     return forms
 
 

@@ -1,4 +1,4 @@
-"""How a compiled step of decoding multiplies on a CPU: few rows with matrices that memory must deliver."""
+"""How a compiled step of decoding multiplies: few rows with matrices that memory must deliver."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 
 FEW = 8
-"""Rows up to which a loop over the weights, limited by memory, is faster than the products of BLAS libraries."""
+"""Rows up to which a CPU's loop over the weights, limited by memory, is faster than the products of BLAS libraries; a
+GPU's is for one row only."""
 
 BLOCK = 16
 """Inputs that are summed together where the weights lie input by input."""
@@ -27,7 +28,7 @@ class StreamedProducts(CustomGraphPass):
         for target, write in ((_aten.mm.default, _by_output), (_aten.bmm.default, _by_input)):
             for node in graph.find_nodes(op="call_function", target=target):
                 x, w = node.args  # ([b,] n, D_in), ([b,] D_in, D_out)
-                if x.meta["val"].device.type != "cpu" or x.meta["val"].shape[-2] > FEW:
+                if x.meta["val"].shape[-2] > (FEW if _on_cpu(x) else 1):
                     continue
                 with graph.inserting_before(node):
                     y = write(graph, x, w)
@@ -39,6 +40,10 @@ class StreamedProducts(CustomGraphPass):
     def uuid(self) -> bytes:
         """What names this pass in inductor's cache."""
         return get_hash_for_files((__file__,))
+
+
+def _on_cpu(x: Node) -> bool:
+    return bool(x.meta["val"].device.type == "cpu")
 
 
 def _by_output(graph: Graph, x: Node, w: Node) -> Node:
@@ -53,7 +58,7 @@ def _by_output(graph: Graph, x: Node, w: Node) -> Node:
 def _by_input(graph: Graph, x: Node, w: Node) -> Node:
     """(b, n, D_in) and (b, D_in, D_out) -> (b, n, D_out)."""
     batch, rows, inputs = x.meta["val"].shape
-    block = BLOCK if inputs % BLOCK == 0 else inputs
+    block = BLOCK if _on_cpu(x) and inputs % BLOCK == 0 else inputs
     blocks = inputs // block
     left = graph.call_function(_aten.reshape.default, (x, [batch, rows, blocks, block, 1]))
     right = graph.call_function(_aten.reshape.default, (w, [batch, 1, blocks, block, w.meta["val"].shape[2]]))

@@ -43,10 +43,10 @@ def compiled_step(device: str = "cpu", backend: str = "inductor") -> Step:
         backend: of torch.compile; "eager" traces without translating.
     """
     options: dict[str, str | int | bool | Callable[..., Any]] | None = None
-    if backend == "inductor" and device == "cpu":
+    if backend == "inductor":
         from synapse_arch.model._products import StreamedProducts  # imports the compiler
 
-        options = {"post_grad_custom_pre_pass": StreamedProducts(), "cpp_wrapper": True}
+        options = {"post_grad_custom_pre_pass": StreamedProducts(), "cpp_wrapper": device == "cpu"}
     return torch.compile(eager_step, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
@@ -143,5 +143,7 @@ class GraphedStep:
         self._overwrite(state)
 
     def _overwrite(self, state: SynapseState) -> None:
-        for mine, other in zip(self._state.to_tensors().values(), state.to_tensors().values(), strict=True):
-            mine.copy_(other)
+        pairs = list(zip(self._state.to_tensors().values(), state.to_tensors().values(), strict=True))
+        for dtype in {mine.dtype for mine, _ in pairs}:  # each dtype in one launch, or few
+            mine, other = zip(*((a, b) for a, b in pairs if a.dtype == dtype), strict=True)
+            torch._foreach_copy_(mine, other)

@@ -19,8 +19,8 @@ from synapse_arch.errors import BackendUnavailable, ConfigError, explain
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("chunked", "reference"),
-    "ssd": ("triton", "chunked", "reference"),
-    "mlstm": ("triton", "chunked", "reference"),
+    "ssd": ("triton", "chunked", "fusible", "reference"),
+    "mlstm": ("triton", "chunked", "fusible", "reference"),
     "delta_rule": ("triton", "chunked", "reference"),
     "expert_swiglu": ("sorted", "grouped", "rowwise", "reference"),
 }

@@ -46,10 +46,20 @@ def choose(op: str, backend: str, values: Tensor, widest: torch.dtype, key: int,
         ConfigError: an unknown backend. BackendUnavailable: "triton" by name, where it cannot run.
     """
     chosen = resolve(op, backend)
+    if backend == "auto" and "fusible" in BACKENDS[op] and _fuses(values, widest):
+        return "fusible"
     if chosen != "triton" and not (backend == "auto" and values.device.type == "cuda"):
         return chosen
     reason = lacking or _obstacle(values, widest, key, value) or missing()
     return fall_back(op, backend, "triton", "chunked", reason) if reason else "triton"
+
+
+def _fuses(values: Tensor, widest: torch.dtype) -> bool:
+    """Whether a compiler for a GPU looks on that makes plain products in bfloat16 faster than the kernels."""
+    return (
+        torch.compiler.is_compiling() and values.device.type == "cuda"
+        and values.dtype == torch.bfloat16 and widest != torch.float64
+    )  # fmt: skip
 
 
 def _obstacle(values: Tensor, widest: torch.dtype, key: int, value: int) -> str:

@@ -48,7 +48,7 @@ def expert_swiglu(
     if backend == "auto" and x.device.type != "cpu":
         chosen = "grouped"
     dtype = torch.get_autocast_dtype(x.device.type) if _narrowed(x) else x.dtype
-    if backend == "auto" and chosen == "grouped" and is_step(sizes["n"]) and w_in.dtype != torch.bfloat16:
+    if backend == "auto" and chosen == "grouped" and is_step(sizes["n"]):
         return _gathered_step(x.to(dtype), w_in, w_out, indices, weights)
     x = x.to(dtype)  # weights follow expert by expert
     if chosen == "grouped" and (reason := _ungroupable(x, sizes)):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from synapse_arch.ops._backends import no_autocast
+
 
 def gate(x: Tensor, logits: Tensor, activation: Literal["sigmoid", "silu"]) -> Tensor:
     """Computes x · activation(logits) elementwise; the activation is computed again for the gradient.
@@ -62,6 +64,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if not torch.is_grad_enabled() and (weight is None or weight.dtype == x.dtype):
         y = F.rms_norm(x, x.shape[-1:], None, eps)
         return y if weight is None else y.mul_(weight)
+    if weight is not None and weight.dim() == 2 and weight.shape[0] == 1:
+        weight = weight[0]  # torch 2.11 returns a gradient of this shape whatever it was, where it compiles for a GPU
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -74,6 +78,10 @@ class _RMSNorm(torch.autograd.Function):
         ctx.eps = eps
         wide = _wide(x)
         y = (wide * _scale(wide, eps)).to(x.dtype)
+        if (
+            torch.compiler.is_compiling()
+        ):  # torch 2.11 loses gradients of what was cast to its own dtype or changed in place
+            return y * (1.0 if weight is None else weight)
         if weight is None:
             return y
         return y.mul_(weight) if y.dtype == weight.dtype else y * weight
@@ -91,7 +99,8 @@ class _RMSNorm(torch.autograd.Function):
             grad_weight = product.flatten(0, product.dim() - weight.dim() - 1).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             inner = arriving if weight is None else arriving * weight
-            along = torch.linalg.vecdot(inner, normed).unsqueeze(-1) / x.shape[-1]
+            with no_autocast(x):
+                along = torch.linalg.vecdot(inner, normed).unsqueeze(-1) / x.shape[-1]
             grad_x = torch.addcmul(inner, normed, along, value=-1).mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None
 

@@ -10,6 +10,7 @@ C = n = m = 0. B batch, T time, H heads, K key width, V value width, N chunks, c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import StateError, explain
-from synapse_arch.ops import _triton
+from synapse_arch.ops import _fusible, _triton
 from synapse_arch.ops._backends import compute_dtype, exact_dtype, finite_log, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import reach
@@ -58,8 +59,8 @@ def mlstm(
         segment_ids: (B, T) ints; the state does not cross a change of id.
         mask: (B, T) bool; False positions neither write nor decay the state.
         chunk_size: positions computed side by side ("chunked").
-        backend: "auto", "triton" (bfloat16 q, k and v on a CUDA device; "auto" takes it where nothing is packed or
-            padded, since its gradients were too far off there), "chunked" or "reference".
+        backend: "auto", "triton" (bfloat16 q, k and v on a CUDA device), "chunked", "fusible" (for torch.compile, which
+            "auto" takes where it compiles bfloat16 for a GPU) or "reference".
 
     Returns:
         h (B, T, H, V) in v's dtype and the final MLSTMState, float32 or wider.
@@ -69,9 +70,7 @@ def mlstm(
     """
     sizes = _check(q, k, v, i, f, state, segment_ids, mask, chunk_size)
     dtype = compute_dtype(q, k, v, i, f, *(state or ()))
-    loose = backend == "auto" and not (segment_ids is None and mask is None)  # 5e-2 in bfloat16 where 2e-2 is allowed
-    lacking = "its gradients are too far off where texts are packed or padded" if loose else ""
-    chosen = _triton.choose("mlstm", backend, v, dtype, sizes["K"], sizes["V"], lacking)
+    chosen = _triton.choose("mlstm", backend, v, dtype, sizes["K"], sizes["V"])
     with no_autocast(v):
         log_i, log_f = _log_gates(i.to(dtype), f.to(dtype), mask)
         if state is None:
@@ -80,9 +79,9 @@ def mlstm(
         segments = segment_index(segment_ids, mask)
         if sizes["T"] > 1 and chosen == "chunked":
             h, final = _chunked(q, k, v, log_i, log_f, state, segments, min(chunk_size, sizes["T"]))
-        elif sizes["T"] > 1 and chosen == "triton":
+        elif sizes["T"] > 1 and chosen in _LINEAR:
             q, k, vs = widen(v.dtype, (q, k, v))
-            h, final = _by_kernel(q, k, vs, log_i, log_f, state, segments)
+            h, final = _as_linear(_LINEAR[chosen], q, k, vs, log_i, log_f, state, segments)
         else:
             q, k, vs = widen(dtype, (q, k, v))
             q = q * sizes["K"] ** -0.5
@@ -190,17 +189,24 @@ COLUMNS = 16
 """What the kernels' value width grows by: a column of ones, whose memory is the normaliser n, and zeros to align it."""
 
 
-def _by_kernel(
-    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState, segments: Tensor | None
-) -> tuple[Tensor, MLSTMState]:
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, write: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    return _triton.linear(q, (write[..., None] * k).to(k.dtype), v, g, state)
+
+
+_LINEAR: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"triton": _by_kernel, "fusible": _fusible.linear}
+
+
+def _as_linear(
+    linear: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState, segments: Tensor | None,
+) -> tuple[Tensor, MLSTMState]:  # fmt: skip
     """A linear recurrence relative to exp(m), see `_relative`."""
     decay, write, m, m_final = _relative(log_i, log_f, state.m, segments)
     g = _triton.log_decay(decay, segments)
-    keys = (write.exp()[..., None] * k).to(k.dtype)
     values = torch.cat([F.pad(v, (0, 1), value=1.0), v.new_zeros(*v.shape[:-1], COLUMNS - 1)], dim=-1)
     memory = F.pad(torch.cat([state.C, state.n[..., None]], dim=-1), (0, COLUMNS - 1))
     memory = memory * (state.m - state.m.detach()).exp()[..., None, None]  # 1, but it lets state.m's gradient in
-    read, final = _triton.linear(q, keys, values, g, memory)
+    read, final = linear(q, k, values, write.exp(), g, memory)
     read = read[..., : v.shape[-1] + 1].to(m.dtype) * q.shape[-1] ** -0.5
     h = _normalised(read[..., :-1], read[..., -1], m)
     final = final * (m[:, -1] - m_final).exp()[..., None, None]
@@ -241,12 +247,39 @@ def _running_stabiliser(log_i: Tensor, log_f: Tensor, m: Tensor, segments: Tenso
             farthest = torch.where(i.isfinite(), i, 0.0).abs().amax(1) + m.abs()
             beyond = 1.0 + 2.0 * farthest - f.sum(1)  # more than any two weights are apart
         f = torch.where(begins, f - beyond[:, None], f)
-    total = f.cumsum(1)
+    total = _scan(f, torch.cumsum, torch.add, 0.0)
     with torch.no_grad():
-        largest = (i - total).cummax(1).values
+        largest = _scan(i - total, _largest, torch.maximum, -torch.inf)
         every = (total + torch.maximum(largest, m_0[:, None])).to(m.dtype)
     last = total[:, -1] + torch.maximum((i - total).amax(1), m_0)
     return every, last.to(m.dtype)
+
+
+BLOCK = 64
+"""Positions that compiled code scans at once."""
+
+
+def _scan(x: Tensor, scan: Callable[..., Tensor], join: Callable[..., Tensor], neutral: float) -> Tensor:
+    """scan(x, 1) of x (B, T, H): in blocks where it is compiled for a GPU.
+
+    There torch before 2.13 cannot translate a long sum over what it fuses, and scans for maxima position by position.
+    """
+    if x.device.type == "cpu" or not torch.compiler.is_compiling():
+        return scan(x, 1)
+    return _blocked_scan(x, scan, join, neutral)
+
+
+def _blocked_scan(x: Tensor, scan: Callable[..., Tensor], join: Callable[..., Tensor], neutral: float) -> Tensor:
+    length = x.shape[1]
+    blocks = F.pad(x, (0, 0, 0, -length % BLOCK), value=neutral).unflatten(1, (-1, BLOCK))
+    within = scan(blocks, 2)
+    before = F.pad(scan(within[:, :-1, -1], 1), (0, 0, 1, 0), value=neutral)
+    joined: Tensor = join(within, before[:, :, None])
+    return joined.flatten(1, 2)[:, :length]
+
+
+def _largest(x: Tensor, dim: int) -> Tensor:
+    return x.cummax(dim).values
 
 
 def _normalised(read: Tensor, weight: Tensor, m: Tensor) -> Tensor:

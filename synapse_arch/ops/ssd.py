@@ -15,6 +15,7 @@ from synapse_arch.ops import _triton
 from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import reach
+from synapse_arch.ops._fusible import linear
 from synapse_arch.ops._linear import linear_chunks
 from synapse_arch.ops._packing import segment_index
 
@@ -46,7 +47,8 @@ def ssd(
         segment_ids: (B, T) ints; the state does not cross a change of id.
         mask: (B, T) bool; False positions neither write nor decay the state.
         chunk_size: positions computed side by side ("chunked").
-        backend: "auto", "triton" (bfloat16 x, B and C on a CUDA device), "chunked" or "reference".
+        backend: "auto", "triton" (bfloat16 x, B and C on a CUDA device), "chunked", "fusible" (for torch.compile, which
+            "auto" takes where it compiles bfloat16 for a GPU) or "reference".
 
     Returns:
         y (B, T, H, P) in x's dtype and the final state (B, H, P, N), float32 or wider.
@@ -67,12 +69,11 @@ def ssd(
         rates, state = steps * A.to(dtype), state.to(dtype)
         if sizes["T"] > 1 and chosen == "chunked":
             return _chunked(x, steps, rates, B, C, D, state, segments, min(chunk_size, sizes["T"]))
-        kernel = sizes["T"] > 1 and chosen == "triton"
-        wide, B, C = widen(x.dtype if kernel else dtype, (x, B, C))
+        form = _FORMS.get(chosen, _reference) if sizes["T"] > 1 else _reference
+        wide, B, C = widen(dtype if form is _reference else x.dtype, (x, B, C))
         if is_step(sizes["T"]) and chosen != "reference":
-            y, final = _step(wide, steps, rates, B, C, state)
-        else:
-            y, final = (_by_kernel if kernel else _reference)(wide, steps, rates, B, C, state, segments)
+            form = _step
+        y, final = form(wide, steps, rates, B, C, state, segments)
         if D is not None:
             y = torch.addcmul(y, wide, D.to(wide.dtype)[:, None])
     return y.to(x.dtype), final
@@ -116,7 +117,9 @@ def _reference(
     return torch.stack(outputs, dim=1), state
 
 
-def _step(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _step(
+    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """One position: the heads of a group stand side by side in the product with their C."""
     before = state.unflatten(1, (B.shape[2], -1))  # (B, G, R, P, N), R = H / G heads
     written = (dt[..., None] * x).view(before.shape[:-1])[..., None]
@@ -135,6 +138,17 @@ def _by_kernel(
     writes = (dt[..., None] * x).to(x.dtype)
     y, final = _triton.linear(C, B, writes, _triton.log_decay(log_decay, segments), state.transpose(-1, -2))
     return y, final.transpose(-1, -2).contiguous()
+
+
+def _fusible(
+    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same, but the heads of a group share keys and queries."""
+    y, final = linear(C, B, x, dt, _triton.log_decay(log_decay, segments), state.transpose(-1, -2))
+    return y, final.transpose(-1, -2).contiguous()
+
+
+_FORMS = {"triton": _by_kernel, "fusible": _fusible}
 
 
 def _chunked(

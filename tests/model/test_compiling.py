@@ -106,6 +106,20 @@ def test_products_of_many_matrices_become_sums(rows: int, inputs: int, dtype: to
     torch.testing.assert_close(traced(*arguments), torch.bmm(*arguments))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_gpu_streams_one_row(rows: int) -> None:
+    """On a device that is no CPU, and computes nothing."""
+    shapes = (rows, 32), (32, 7), (1, rows, 32), (1, 32, 7)
+    arguments = [torch.randn(*shape, device="meta") for shape in shapes]
+    traced = make_fx(lambda a, b, c, d: (a @ b, torch.bmm(c, d)), tracing_mode="fake")(*arguments)
+    StreamedProducts()(traced.graph)
+    targets = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+    left = sum(len(traced.graph.find_nodes(op="call_function", target=target)) for target in targets)
+    assert left == (0 if rows == 1 else 2)
+    traced.recompile()
+    assert [x.shape for x in traced(*arguments)] == [(rows, 7), (1, rows, 7)]
+
+
 @needs_compiler
 def test_a_compiled_token_goes_through_its_experts() -> None:
     """As many as it has: none where the slot is unused."""

@@ -41,3 +41,24 @@ def test_narrow_and_wide_meet() -> None:
     y.sum().backward()
     assert [z.grad.dtype for z in (x, weight, logits)] == [torch.bfloat16, torch.float32, torch.bfloat16]
     assert_close(y.detach(), rms_norm(x, weight, 1e-6).detach() * F.silu(logits).detach())
+
+
+@pytest.mark.filterwarnings("default")  # the compiler warns itself
+@pytest.mark.parametrize("shape", [(4, 5), (1, 5), (5,), None], ids=["heads", "one head", "channels", "no weight"])
+def test_compiled_under_autocast(shape: tuple[int, ...] | None) -> None:
+    """The gradients too, in float32: torch.compile runs a backward pass under the forward pass's autocast.
+
+    torch 2.11 loses them without an error where a Function returns what it cast to its own dtype or changed in place.
+    """
+    drawn = {"x": torch.randn(2, 3, shape[0] if shape and len(shape) == 2 else 4, 5)}
+    if shape:
+        drawn["weight"] = torch.randn(shape)
+
+    def norm(z: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"y": rms_norm(z["x"], z.get("weight"), 0.1)}
+
+    expected = measure(norm, drawn)
+    torch.compiler.reset()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = measure(torch.compile(norm, fullgraph=True, backend="aot_eager"), drawn)
+    assert_same(found, expected)

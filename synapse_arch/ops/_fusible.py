@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from synapse_arch.ops._backends import exact_dtype
 from synapse_arch.ops._opaque import opaque
 
 CHUNK = 128
@@ -42,29 +43,31 @@ def linear(q: Tensor, k: Tensor, v: Tensor, write: Tensor, g: Tensor, state: Ten
     q, k, v = (_chunks(x, size) for x in (q, k, v))  # (B, N, C, G or H, K or V)
     q, k = q.transpose(2, 3), k.transpose(2, 3)
     write, g = (_chunks(x, size).transpose(2, 3) for x in (write, g))  # (B, N, H, C)
-    total = g.cumsum(-1)
+    total = g.to(exact_dtype(g)).cumsum(-1)  # so that differences of sums keep their digits
 
     later = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
-    gaps = (total[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf)
+    gaps = (total[..., :, None] - total[..., None, :]).to(g.dtype).masked_fill(later, -torch.inf)
     scores = (q.to(g.dtype) @ k.to(g.dtype).transpose(-1, -2))[:, :, :, None]  # (B, N, G, 1, C, C)
     strengths = (scores * (gaps.exp() * write[..., None, :]).unflatten(2, (groups, -1))).to(v.dtype)
     inside = strengths.flatten(2, 3) @ v.transpose(2, 3)  # (B, N, H, C, V)
 
-    kept = ((total[..., -1:] - total).exp() * write).transpose(2, 3)[..., None]
+    kept = ((total[..., -1:] - total).to(g.dtype).exp() * write).transpose(2, 3)[..., None]
     written = (v * kept).to(v.dtype).unflatten(3, (groups, -1)).transpose(2, 3)  # (B, N, G, C, r, V)
     updates = (k.transpose(-1, -2) @ written.flatten(4)).unflatten(-1, written.shape[4:])  # (B, N, G, K, r, V)
     before = state.unflatten(1, (groups, -1)).transpose(2, 3)
-    states = _carry(updates.to(state.dtype), total[..., -1].exp().unflatten(2, (groups, -1)), before)
+    from_start = total.to(g.dtype).exp()  # (B, N, H, C)
+    states = _carry(updates.to(state.dtype), from_start[..., -1].unflatten(2, (groups, -1)), before)
     read = q @ states[:, :-1].to(v.dtype).flatten(4)  # (B, N, G, C, r V)
     read = read.transpose(2, 3).unflatten(-1, written.shape[4:]).flatten(3, 4)  # (B, N, C, H, V)
-    o = inside.transpose(2, 3) + read * total.exp().transpose(2, 3)[..., None]
+    o = inside.transpose(2, 3) + read * from_start.transpose(2, 3)[..., None]
     return o.to(v.dtype).flatten(1, 2)[:, :length], states[:, -1].transpose(2, 3).flatten(1, 2)
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:
     """(B, T, ...) -> (B, N, C, ...), filled up with zeros."""
-    padded = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % size))
-    chunks: Tensor = padded.unflatten(1, (-1, size))
+    missing = -x.shape[1] % size
+    filled = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
+    chunks: Tensor = filled.unflatten(1, (-1, size))
     return chunks
 
 

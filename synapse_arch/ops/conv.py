@@ -114,15 +114,12 @@ def _depthwise(before: Tensor, x: Tensor, taps: _Taps, segments: Tensor | None) 
 def _fusible(
     before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None, silu: bool
 ) -> Tensor:
-    """The same as one expression, which a compiler for a GPU makes one kernel of; eagerly it would keep every tap.
-
-    Each tap is filled up with zeros to x's length: a concatenation with the state would be written to memory.
-    """
+    """The same as one expression, which a compiler for a GPU makes one kernel of; eagerly it would keep every tap."""
     length, history = x.shape[1], before.shape[1]
+    read = torch.cat([before, x], dim=1)
     y = x * weight[:, -1]
     for w in range(history):
-        parts = [F.pad(z[:, span], (0, 0, to.start, length - to.stop)) for to, z, span in _reads(before, x, w)]
-        y = y + _same_segment(sum(parts[1:], start=parts[0]), numbers, history, slice(0, length), w) * weight[:, w]
+        y = y + _same_segment(read[:, w : w + length], numbers, history, slice(0, length), w) * weight[:, w]
     y = y if bias is None else y + bias
     return F.silu(y) if silu else y
 

@@ -21,8 +21,9 @@ EVERY = pytest.mark.parametrize("case", CASES, ids=str)
 @EVERY
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("length", [1, 2, 71, CHUNK, CHUNK + 1, 2 * CHUNK + 30])
-def test_it_equals_the_definition(case: Case, length: int, packed: bool) -> None:
-    tensors, options = case.draw(2, length), packing(2, length) if packed else {}
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_it_equals_the_definition(case: Case, dtype: torch.dtype, length: int, packed: bool) -> None:
+    tensors, options = cast(case.draw(2, length), dtype), packing(2, length) if packed else {}
     expected = measure(lambda z: case.call(z, backend="reference", **options), tensors)
     assert_same(measure(lambda z: case.call(z, backend="fusible", **options), tensors), expected)
 

@@ -231,21 +231,3 @@ def test_the_report_holds_kernels_where_they_can_run(monkeypatch: pytest.MonkeyP
     assert "triton" not in ops.backends()["ssd"]
     monkeypatch.setattr(_triton, "_missing", lambda: "")
     assert ops.backends() == BACKENDS
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_auto_leaves_packed_and_padded_mlstm_alone(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel is there by name, for whoever looks into its gradients."""
-    given: list[str] = []
-
-    def choose(*_: object) -> str:
-        given.append(str(_[-1]))
-        return "chunked"
-
-    monkeypatch.setattr(_triton, "choose", choose)
-    x = torch.randn(1, 4, 1, 16)
-    z = {"q": x, "k": x, "v": x, "i": x[..., 0], "f": x[..., 0], "backend": backend}
-    ones = torch.ones(1, 4, dtype=torch.long)
-    for options in ({}, {"segment_ids": ones}, {"mask": ones.bool()}):
-        ops.mlstm(**z, **options)
-    assert [bool(reason) for reason in given] == [False, backend == "auto", backend == "auto"]

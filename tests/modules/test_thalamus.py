@@ -32,6 +32,24 @@ def test_the_largest_logits_share_the_weight(top_k: int) -> None:
     assert routing.logits.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("default")  # the compiler warns itself
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_leaves_the_router_alone(compiled: bool) -> None:
+    """Its gradients too, wherever the backward pass runs."""
+    thalamus, x = make(mamba=None), inputs()
+
+    def gradients(narrow: bool) -> list[Tensor]:
+        torch.compiler.reset()
+        run = torch.compile(thalamus, fullgraph=True, backend="aot_eager") if compiled and narrow else thalamus
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            logits = run(leaf).routing.logits
+            return list(torch.autograd.grad(logits.square().sum(), [leaf, *thalamus.router.parameters()]))
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert_close(found, expected)
+
+
 def test_the_router_reads_the_normalised_relay() -> None:
     thalamus, x = make(), inputs()
     y, routing, _, _ = thalamus(x)

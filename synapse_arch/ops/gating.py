@@ -78,9 +78,8 @@ class _RMSNorm(torch.autograd.Function):
         ctx.eps = eps
         wide = _wide(x)
         y = (wide * _scale(wide, eps)).to(x.dtype)
-        if (
-            torch.compiler.is_compiling()
-        ):  # torch 2.11 loses gradients of what was cast to its own dtype or changed in place
+        if torch.compiler.is_compiling():
+            # torch 2.11 loses the gradient of what was changed in place, or cast to the dtype it had.
             return y * (1.0 if weight is None else weight)
         if weight is None:
             return y

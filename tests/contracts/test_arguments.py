@@ -124,7 +124,7 @@ def test_chunk_sizes_that_are_none(case: Case, chunk_size: Any) -> None:
 @pytest.mark.parametrize("case", RECURRENT, ids=str)
 def test_backend_names(case: Case) -> None:
     tensors = case.draw(2, 6)
-    with pytest.raises(ConfigError, match=r"expected one of auto, .*chunked, reference, got 'fastest'"):
+    with pytest.raises(ConfigError, match=r"expected one of auto, .*chunked, .*reference, got 'fastest'"):
         case.call(tensors, backend="fastest")
     if "triton" in case.backends:
         with pytest.raises(BackendUnavailable, match="use 'chunked' or 'auto'"):

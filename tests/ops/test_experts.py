@@ -242,3 +242,13 @@ def test_under_autocast_weights_are_narrowed_as_if_before(backend: str) -> None:
         ours = run(backend, indices, tensors)
     expected = measure(narrowed, tensors)
     assert_equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_off_the_cpu_one_token_sorts_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its experts' weights are gathered; shown on a device that computes nothing."""
+    monkeypatch.delattr(experts, "sort_by_expert")
+    x, w_in, w_out = (torch.empty(*s, device="meta", dtype=dtype) for s in ((1, 16), (4, 16, 64), (4, 32, 16)))
+    indices, weights = torch.zeros(1, 2, device="meta", dtype=torch.long), torch.empty(1, 2, device="meta")
+    with torch.no_grad():
+        assert expert_swiglu(x, w_in, w_out, indices, weights).shape == x.shape

@@ -14,7 +14,7 @@ from synapse_arch.ops._fusible import CHUNK
 from tests.contracts.cases import OPS, Case, packing
 from tests.helpers import Tensors, assert_same, cast, measure
 
-CASES = [case for case in OPS if case.name in ("ssd", "mlstm")]
+CASES = [case for case in OPS if "fusible" in case.backends]
 EVERY = pytest.mark.parametrize("case", CASES, ids=str)
 
 

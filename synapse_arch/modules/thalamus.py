@@ -275,7 +275,7 @@ class Thalamus(nn.Module):
         decay, experts = self.config.hebbian_decay, self.n_experts
         if indices.shape[1] == 1 and mask is None:
             fired = torch.zeros_like(coactivation[:, :1]).scatter_(-1, indices, 1.0)
-            return torch.addcmul(decay * coactivation, fired.transpose(1, 2), fired, value=1 - decay)
+            return torch.baddbmm(coactivation, fired.transpose(1, 2), fired, beta=decay, alpha=1 - decay)
         fired = coactivation.new_zeros(*indices.shape[:2], experts + 1)
         fired = fired.scatter(-1, indices.remainder(experts + 1), 1.0)[..., :experts]  # -1 fires the spare column
         real = torch.ones_like(indices[..., 0]) if mask is None else mask.long()

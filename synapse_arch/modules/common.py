@@ -6,11 +6,12 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synapse_arch.errors import ConfigError, ShapeError, StateError, explain
 from synapse_arch.ops import causal_conv1d
-from synapse_arch.ops._backends import compute_dtype
+from synapse_arch.ops._backends import compute_dtype, no_autocast
 from synapse_arch.ops.gating import rms_norm
 
 
@@ -114,6 +115,33 @@ def linear(d_in: int, d_out: int, *, scale: float = 1.0, kind: type[nn.Linear] =
 def wide(x: Tensor) -> Tensor:
     """Gives x in float32 or wider, for gates and decays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear whose gradients autocast leaves alone: torch.compile runs a backward pass under the forward pass's.
+
+    Args:
+        x: (..., D).
+        weight: (E, D), of x's dtype.
+
+    Returns:
+        (..., E).
+    """
+    return _WideLinear.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        with no_autocast(grad):
+            return grad @ weight, grad.flatten(0, -2).transpose(0, 1) @ x.flatten(0, -2)
 
 
 def unit(x: Tensor, *, eps: float = 1e-6) -> Tensor:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synapse_arch.errors import ConfigError, StateError, explain
@@ -26,6 +25,7 @@ from synapse_arch.modules.common import (
     check_state,
     keep_float32,
     linear,
+    wide_linear,
 )
 from synapse_arch.modules.mamba import Mamba, MambaConfig, MambaState
 from synapse_arch.ops._backends import compute_dtype, no_autocast
@@ -322,24 +322,7 @@ class _Router(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., E)."""
-        logits: Tensor = _WideLinear.apply(input, self.weight.to(input.dtype))  # type: ignore[no-untyped-call]
-        return logits
-
-
-class _WideLinear(torch.autograd.Function):
-    """F.linear whose gradients autocast leaves alone: torch.compile runs a backward pass under the forward pass's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        with no_autocast(grad):
-            return grad @ weight, grad.flatten(0, -2).transpose(0, 1) @ x.flatten(0, -2)
+        return wide_linear(input, self.weight.to(input.dtype))
 
 
 def pathways_of(coactivation: Tensor, top_k: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Which implementation of an op runs where.
 
 Every op has a "reference" form (a plain loop, the definition) and a fast pure-PyTorch form; some have "triton", the
-kernels of flash-linear-attention. "auto" takes the fastest that can run. A name that does not exist is a ConfigError,
-one that exists but cannot run here is BackendUnavailable: nothing is ever replaced silently.
+kernels of flash-linear-attention, and "fusible", plain products for a compiler to fuse. "auto" takes the fastest that
+can run. A name that does not exist is a ConfigError, one that exists but cannot run here is BackendUnavailable: nothing
+is ever replaced silently.
 """
 
 from __future__ import annotations

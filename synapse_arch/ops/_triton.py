@@ -42,6 +42,10 @@ def choose(op: str, backend: str, values: Tensor, widest: torch.dtype, key: int,
         value: V.
         lacking: what the kernels cannot do of what was asked for; empty where they can.
 
+    Returns:
+        A name of BACKENDS[op], for "auto" the fastest here: "fusible" where torch.compile fuses it for a GPU, else
+        "triton" where the kernels run.
+
     Raises:
         ConfigError: an unknown backend. BackendUnavailable: "triton" by name, where it cannot run.
     """

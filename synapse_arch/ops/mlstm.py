@@ -262,7 +262,7 @@ BLOCK = 64
 def _scan(x: Tensor, scan: Callable[..., Tensor], join: Callable[..., Tensor], neutral: float) -> Tensor:
     """scan(x, 1) of x (B, T, H): in blocks where it is compiled for a GPU.
 
-    There torch before 2.13 cannot translate a long sum over what it fuses, and scans for maxima position by position.
+    There torch 2.11 cannot translate a long sum over what it fuses, and scans for maxima position by position.
     """
     if x.device.type == "cpu" or not torch.compiler.is_compiling():
         return scan(x, 1)

@@ -13,6 +13,7 @@ from synapse_arch.ops import _triton
 from synapse_arch.ops._fusible import CHUNK
 from tests.contracts.cases import OPS, Case, packing
 from tests.helpers import Tensors, assert_same, cast, measure
+from tests.ops.forms import check_extremes, check_padding
 
 CASES = [case for case in OPS if "fusible" in case.backends]
 EVERY = pytest.mark.parametrize("case", CASES, ids=str)
@@ -30,26 +31,12 @@ def test_it_equals_the_definition(case: Case, dtype: torch.dtype, length: int, p
 
 @EVERY
 def test_gates_at_their_ends(case: Case) -> None:
-    for changed in case.extremes:
-        tensors = case.draw(2, 20)
-        tensors |= {name: torch.full_like(tensors[name], value) for name, value in changed.items()}
-        found = measure(lambda z: case.call(z, backend="fusible"), tensors)
-        assert all(x.isfinite().all() for x in found.values()), changed
-        expected = case.call(tensors, backend="reference")
-        assert_same({name: found[name] for name in expected}, expected)
+    check_extremes(case, "fusible")
 
 
 @EVERY
 def test_rows_that_are_all_padding_and_a_fresh_state(case: Case) -> None:
-    tensors = {name: x for name, x in case.draw(2, 20).items() if not name.startswith("state")}
-    mask = torch.ones(2, 20, dtype=torch.bool)
-    mask[0], mask[1, :3] = False, False
-
-    def real(outputs: Tensors) -> Tensors:
-        return {name: x if name.startswith("state") else x[mask] for name, x in outputs.items()}
-
-    expected = measure(lambda z: real(case.call(z, backend="reference", mask=mask)), tensors)
-    assert_same(measure(lambda z: real(case.call(z, backend="fusible", mask=mask)), tensors), expected)
+    check_padding(case, "fusible")
 
 
 @EVERY
@@ -76,6 +63,7 @@ def test_a_compiler_for_a_gpu_gets_it_unasked(op: str, monkeypatch: pytest.Monke
         values: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
         return _triton.choose(op, backend, values, widest.get("widest", torch.float32), 64, 64)
 
+    monkeypatch.setattr(_triton, "_missing", lambda: "there are none")
     assert chosen() == "chunked"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert chosen() == "fusible"

@@ -17,7 +17,8 @@ from synapse_arch.errors import BackendUnavailable
 from synapse_arch.ops import _triton
 from synapse_arch.ops._backends import BACKENDS
 from tests.contracts.cases import OPS, Case, packing
-from tests.helpers import Tensors, assert_same, cast, measure
+from tests.helpers import assert_same, cast, measure
+from tests.ops.forms import check_extremes, check_padding
 
 CASES = [case for case in OPS if "triton" in case.backends and "write" not in case.sequence]
 
@@ -104,27 +105,13 @@ def test_it_equals_the_definition(case: Case, length: int, packed: bool) -> None
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gates_at_their_ends(case: Case) -> None:
-    for changed in case.extremes:
-        tensors = case.draw(2, 20)
-        tensors |= {name: torch.full_like(tensors[name], value) for name, value in changed.items()}
-        found = measure(lambda z: case.call(z, backend="triton"), tensors)
-        assert all(x.isfinite().all() for x in found.values()), changed
-        expected = case.call(tensors, backend="reference")
-        assert_same({name: found[name] for name in expected}, expected)
+    check_extremes(case, "triton")
 
 
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rows_that_are_all_padding_and_a_fresh_state(case: Case) -> None:
-    tensors = {name: x for name, x in case.draw(2, 20).items() if not name.startswith("state")}
-    mask = torch.ones(2, 20, dtype=torch.bool)
-    mask[0], mask[1, :3] = False, False
-    expected = measure(lambda z: real(case.call(z, backend="reference", mask=mask), mask), tensors)
-    assert_same(measure(lambda z: real(case.call(z, backend="triton", mask=mask), mask), tensors), expected)
-
-
-def real(outputs: Tensors, mask: Tensor) -> Tensors:
-    return {name: x if name.startswith("state") else x[mask] for name, x in outputs.items()}
+    check_padding(case, "triton")
 
 
 @pytest.mark.usefixtures("loops")

@@ -3,6 +3,9 @@
 Each size is trained a few steps in processes of its own. One takes steps of one layer, of two and of all in turns, so
 that what else the machine does slows prediction and measurement alike; one finds the peak of memory above what the
 process held before the model was made.
+
+    python -m benchmarks.autosize                                  every size; its batches and widths are in SIZES
+    python -m benchmarks.autosize --sizes tiny wide --out a.json   two of them, kept
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.measure import Figure, environment, write_report
 from recipes.malloc import keep_freed_memory
 from synapse_arch import SynapseConfig
 from synapse_arch.model import autosize
@@ -56,17 +61,19 @@ def measure(name: str, what: str) -> list[float]:
 
 
 def main() -> None:
-    """Prints predicted, measured and their ratio for every size."""
+    """Prints predicted, measured and their ratio for every size; writes them where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES), metavar="NAME")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own number")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "WHAT"), help="one figure in this process, as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.one:
         print(json.dumps(measure(*options.one)))
         return
+    place, figures = environment(), []
     print("| size | step predicted, s | measured | ratio | memory predicted, MB | measured | ratio |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name in options.sizes:
@@ -75,8 +82,13 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.autosize", "--threads", str(options.threads)]
             command += ["--one", name, what]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            details = {"predicted": found[0], "measured": found[1], "size": SIZES[name]}
+            title = f"autosize: {what} of {name}, predicted over measured"
+            figures.append(Figure(what=title, values=(found[0] / found[1],), unit="ratio", details=details))
             cells += [*(f"{value / unit:.{digits}f}" for value in found), f"{found[0] / found[1]:.2f}"]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    if options.out is not None:
+        write_report(options.out, place, figures)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Both are ratios within one run, timed in turn. The exit status is 1 when a goal 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Figure, environment, interleaved, table
+from benchmarks.measure import Figure, environment, interleaved, table, write_report
 from recipes.data import Batch, ByteTokenizer, Windows, open_source, segments
 from recipes.malloc import keep_freed_memory
 from recipes.optim import adamw, set_lr
@@ -119,9 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{place['cpu']}, {place['threads']} threads, torch {place['torch']}, {place['dtype']}")
     print(table(figures))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"environment": place, "figures": [figure.to_dict() for figure in figures]}
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(options.out, place, figures)
     return int(any(figure.met is False for figure in figures))
 
 

@@ -35,11 +35,11 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP)  ## run the whole test suite
 	@$(BIN)/python -m pytest --quiet $(ARGS)
 
-check: $(STAMP)  ## lint, formatting, types, import direction
+check: $(STAMP)  ## lint, formatting, types, import direction, the paper as its results say
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted as the house does: run 'make format'" >&2; exit 1; }
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest --quiet tests/test_imports.py
+	@$(BIN)/python -m pytest --quiet tests/test_imports.py tests/paper/test_text.py
 
 format: $(STAMP)  ## put every file into the house format
 	@$(BIN)/ruff check --quiet --fix .

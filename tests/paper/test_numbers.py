@@ -49,6 +49,15 @@ def test_longer_runs_speak_for_shorter_ones_and_other_scales_do_not(tmp_path: Pa
     assert fixture.numbers(tmp_path, runs).cell("s3", "mlstm").scores == [0.5]
 
 
+def test_figures_of_the_core_are_of_its_newest_record(tmp_path: Path) -> None:
+    files = (("autosize-a", 3, 0.3), ("core-a", 2, 0.2), ("core-b", 1, 0.1))
+    for name, time, median in files:
+        bench = {"environment": {"time": f"2026-01-0{time}"}, "figures": [{"what": "length", "median": median}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(bench), encoding="utf-8")
+    found = numbers.Numbers({}, {}, {}, results=tmp_path / "none", core=tmp_path)
+    assert found.core("length")["median"] == 0.2
+
+
 def test_bars_are_met_missed_or_not_run(tmp_path: Path) -> None:
     runs = [record("memorization", "synapse", 0, 0.896), record("parity", "synapse", 0, 1.0)]
     runs += [record("bytes", "synapse", 0, 2.1), record("bytes", "mamba2", 0, 2.2), record("bytes", "mlstm", 0, 2.05)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Fake = Callable[..., tuple[Tensor, ...]]
+Fake = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def opaque(

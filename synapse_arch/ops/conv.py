@@ -127,7 +127,8 @@ def _fusible(
 class _ShiftedSum(torch.autograd.Function):
     """Depthwise convolution, by oneDNN where it can or else as W shifted multiply-adds.
 
-    Keeps its input only, and runs again for SiLU's gradient.
+    Keeps its input only, and runs again for SiLU's gradient. oneDNN knows no segments: what it got wrong, a few rows
+    at each change of segment, is put right afterwards by overwriting, so nothing crosses, not even a NaN.
     """
 
     @staticmethod
@@ -146,23 +147,27 @@ class _ShiftedSum(torch.autograd.Function):
         if ctx.silu:
             grad = torch.ops.aten.silu_backward(grad, _filtered(before, x, weight, bias, numbers))
         wants_before, wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:4]
-        by_onednn = _by_onednn(x, numbers)
+        by_onednn, history = _by_onednn(x), before.shape[1]
         grad_before = torch.zeros_like(before) if wants_before else None
         grad_x = None
         if wants_x:  # the gradient of a convolution is one with the kernel turned round
-            history = weight.shape[1] - 1
             grad_x = _convolved(grad, weight.flip(1), None)[:, history:] if by_onednn else grad * weight[:, -1]
+            if by_onednn and numbers is not None:
+                _mend_backward(grad_x, grad, weight, numbers)
         product = grad * x if wants_weight else None  # one buffer for the weight's gradient, tap after tap
         columns = [] if product is None else [product.sum((0, 1))]
-        for w in reversed(range(weight.shape[1] - 1)):
+        for w in reversed(range(history)):
             for rows, source, span in _reads(before, x, w):
-                arriving = _same_segment(grad[:, rows], numbers, before.shape[1], rows, w)
+                known = by_onednn and source is x  # its gradient is there, and few of its products are to be dropped
+                arriving = grad[:, rows] if known else _same_segment(grad[:, rows], numbers, history, rows, w)
                 target = grad_x if source is x else grad_before
-                if target is not None and not (by_onednn and source is x):
+                if target is not None and not known:
                     target[:, span].addcmul_(arriving, weight[:, w])
                 if product is not None:
                     torch.mul(arriving, source[:, span], out=product[:, rows])
             if product is not None:
+                if by_onednn and numbers is not None:
+                    product[_changes(numbers, history, w)] = 0.0
                 columns.insert(0, product.sum((0, 1)))
         grad_weight = torch.stack(columns, dim=1) if columns else None
         grad_bias = grad.sum((0, 1)) if wants_bias else None
@@ -173,21 +178,52 @@ LEAST_FOR_ONEDNN = 16
 """Positions from which on oneDNN's convolution beats W shifted multiply-adds; by much, up to three times."""
 
 
-def _by_onednn(x: Tensor, numbers: Tensor | None) -> bool:
-    """Whether there is a library for it: oneDNN convolves float32 on CPUs, and knows no segments."""
+def _by_onednn(x: Tensor) -> bool:
+    """Whether there is a library for it: oneDNN convolves float32 on CPUs."""
     fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] >= LEAST_FOR_ONEDNN
-    return fits and numbers is None and torch.backends.mkldnn.is_available()
+    return fits and torch.backends.mkldnn.is_available()
 
 
 def _filtered(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor | None) -> Tensor:
     """(B, W-1, D) and (B, T, D) -> (B, T, D), the convolution without what follows it."""
-    if not _by_onednn(x, numbers):
+    if not _by_onednn(x):
         return _shifted_sum(before, x, weight, bias, numbers)
     y = _convolved(x, weight, bias)[:, : x.shape[1]]
     for w in range(weight.shape[1] - 1):  # the library saw zeros where the state stands
         rows, source, span = next(_reads(before, x, w))
         y[:, rows].addcmul_(source[:, span], weight[:, w])
+    if numbers is not None:
+        _mend(y, before, x, weight, bias, numbers)
     return y
+
+
+def _changes(numbers: Tensor, history: int, w: int) -> tuple[Tensor, ...]:
+    """Rows and positions (N,) whose tap w would read another segment; those of tap 0 are all that any tap has."""
+    length = numbers.shape[1] - history
+    return (numbers[:, history:] != numbers[:, w : w + length]).nonzero(as_tuple=True)
+
+
+def _mend(y: Tensor, before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor) -> None:
+    """Computes anew the outputs whose kernel would read another segment."""
+    history = before.shape[1]
+    row, at = (found[:, None] for found in _changes(numbers, history, 0))  # (N, 1)
+    read = at + torch.arange(history + 1)  # (N, W) counted from the oldest of before
+    taps = x[row, (read - history).clamp(min=0)]  # (N, W, D)
+    taps = torch.where((read < history)[..., None], before[row, read.clamp(max=history - 1)], taps)
+    other = numbers[row, read] != numbers[row, at + history]
+    anew = taps.masked_fill_(other[..., None], 0.0).mul_(weight.T).sum(1, keepdim=True)
+    y[row, at] = anew if bias is None else anew + bias
+
+
+def _mend_backward(grad_x: Tensor, grad: Tensor, weight: Tensor, numbers: Tensor) -> None:
+    """Computes anew the gradients of inputs that another segment's kernel would read."""
+    history, last = weight.shape[1] - 1, grad.shape[1] - 1
+    own, later = numbers[:, history:], torch.arange(history + 1)
+    furthest = (torch.arange(last + 1) + history).clamp(max=last)
+    row, at = (found[:, None] for found in (own != own[:, furthest]).nonzero(as_tuple=True))  # (N, 1)
+    reader = (at + later).clamp(max=last)  # (N, W); the last position is of another segment: past it nothing is added
+    arriving = grad[row, reader].masked_fill_((own[row, reader] != own[row, at])[..., None], 0.0)
+    grad_x[row, at] = arriving.mul_(weight.T.flip(0)).sum(1, keepdim=True)
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -257,4 +293,5 @@ _shifted = opaque(
     _ShiftedSum,
     "shifted_sum(Tensor before, Tensor x, Tensor weight, Tensor? bias, Tensor? numbers, bool silu) -> (Tensor y)",
     keep=("before", "x", "weight", "bias", "numbers"),
+    fake=lambda before, x, weight, bias, numbers, silu: torch.empty_like(x, memory_format=torch.contiguous_format),
 )

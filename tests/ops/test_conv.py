@@ -109,24 +109,53 @@ def test_a_frozen_kernel_gets_no_gradient_and_changes_no_other() -> None:
     assert torch.equal(frozen, trained)
 
 
+def segments(kind: str, length: int) -> Tensor | None:
+    """(3, T): one segment; texts of many lengths that end anywhere; texts shorter than a kernel."""
+    if kind == "one":
+        return None
+    position = torch.arange(length)
+    if kind == "short":
+        return torch.stack([position, position // 2, position // 3])
+    return torch.stack([position // 11, (position >= length - 1).long(), (position >= 1).long() + (position >= 14)])
+
+
+@pytest.mark.parametrize("kind", ["one", "many", "short"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("length", [15, 16, 17, 70])
-def test_onednn_equals_the_shifted_sum(length: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("length", "width"), [(15, 4), (16, 4), (17, 4), (70, 4), (17, 2), (17, 20)])
+def test_onednn_equals_the_shifted_sum(
+    length: int, width: int, bias: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In outputs, states and every gradient, also those that are asked for alone."""
-    drawn = {"x": torch.randn(3, length, 24), "weight": torch.randn(24, 4), "state": torch.randn(3, 3, 24)}
+    drawn = {"x": torch.randn(3, length, 24), "weight": torch.randn(24, width), "state": torch.randn(3, width - 1, 24)}
     if bias:
         drawn["bias"] = torch.randn(24)
+    ids = segments(kind, length)
 
     def run(z: Tensors) -> Tensors:
-        return dict(zip(("y", "state"), causal_conv1d(**z, activation="silu"), strict=True))
+        return dict(zip(("y", "state"), causal_conv1d(**z, activation="silu", segment_ids=ids), strict=True))
 
     fast = measure(run, drawn)
     alone = torch.autograd.grad(run({**drawn, "weight": drawn["weight"].requires_grad_()})["y"].sum(), drawn["weight"])
     drawn["weight"].requires_grad_(False)
-    assert conv._by_onednn(drawn["x"], None) == (
-        length >= conv.LEAST_FOR_ONEDNN and torch.backends.mkldnn.is_available()
-    )
+    assert conv._by_onednn(drawn["x"]) == (length >= conv.LEAST_FOR_ONEDNN and torch.backends.mkldnn.is_available())
     monkeypatch.setattr(conv, "LEAST_FOR_ONEDNN", length + 1)
     assert_same(fast, measure(run, drawn))
     slow = torch.autograd.grad(run({**drawn, "weight": drawn["weight"].requires_grad_()})["y"].sum(), drawn["weight"])
     torch.testing.assert_close(alone, slow)
+
+
+@pytest.mark.parametrize("length", [15, 40])
+def test_not_even_a_nan_crosses_to_another_segment(length: int) -> None:
+    ids = (torch.arange(length) // 5).expand(2, -1)
+    x, weight = torch.randn(2, length, 24), torch.randn(24, 4)
+    x[:, 5:10] = torch.nan
+    x.requires_grad_()
+    y, _ = causal_conv1d(x, weight, segment_ids=ids)
+    others = torch.ones(length, dtype=torch.bool)
+    others[5:10] = False
+    assert y[:, others].isfinite().all()
+    grad = torch.zeros_like(y)
+    grad[:, 5:10] = torch.nan
+    y.backward(grad)
+    assert x.grad is not None
+    assert torch.equal(x.grad[:, others], torch.zeros_like(x.grad[:, others]))

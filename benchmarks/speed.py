@@ -6,15 +6,14 @@ T tokens of a sequence, L layers.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import resource
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 from benchmarks.measure import Figure, interleaved, peak_bytes, progress, seconds
+from benchmarks.processes import alone
 from recipes.malloc import keep_freed_memory
 from synapse_arch import SynapseConfig, SynapseModel, SynapseState
 from synapse_arch.model import accounting
@@ -68,9 +67,7 @@ def training_rate(config: SynapseConfig, *, batch: int, length: int, product: in
 
 def training_memory(config: SynapseConfig, *, batch: int, length: int, steps: int = 3) -> list[Figure]:
     """The most memory a fresh process holds that trains a few steps, interpreter and torch included."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        peaks = pool.submit(_peaks, config, batch, length, steps, torch.get_num_threads()).result()
+    peaks = alone(_peaks, config, batch, length, steps)
     what = f"training: peak memory ({peaks[0] / 1e9:.2f} GB of it before there is a model)"
     return [Figure(what=what, values=(peaks[1],), unit="bytes", goal=MEMORY_GOAL, details={"at import": peaks[0]})]
 
@@ -177,9 +174,8 @@ def _training_step(config: SynapseConfig, batch: int, length: int) -> Callable[[
     return step
 
 
-def _peaks(config: SynapseConfig, batch: int, length: int, steps: int, threads: int) -> tuple[int, int]:
+def _peaks(config: SynapseConfig, batch: int, length: int, steps: int) -> tuple[int, int]:
     """Peak bytes of this process before and after it trains."""
-    torch.set_num_threads(threads)
     before = peak_bytes()
     step = _training_step(config, batch, length)
     for _ in range(steps):

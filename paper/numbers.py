@@ -173,6 +173,18 @@ class Numbers:
         return [name for name in self.models if not name.startswith(OURS)]
 
     @property
+    def equal_data(self) -> dict[str, Cell]:
+        """What this library's model and peers reached on bytes after as many steps, so as much text: the most steps."""
+        pairs = {peer: self.pairs(BYTES, peer) for peer in self.peers}
+        most = max((steps for found in pairs.values() for steps in found), default=0)
+        cells = {peer: found[most] for peer, found in pairs.items() if most in found}
+        return (
+            {OURS: next(iter(cells.values()))[0], **{peer: other for peer, (_, other) in cells.items()}}
+            if cells
+            else {}
+        )
+
+    @property
     def ablations(self) -> list[str]:
         """This library's model with a part changed, those that were run."""
         run = {record["model"] for record in self.runs}

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.measure import Figure, Tensors, interleaved, peak_bytes
 from benchmarks.parity import difference
+from benchmarks.processes import alone
 from recipes.malloc import keep_freed_memory
 from synapse_arch.model.autosize import available_memory
 from synapse_arch.ops import delta_rule, mlstm, selective_scan, ssd
@@ -204,11 +203,7 @@ def _against_loop(name: str, function: Function, length: int, backward: bool, ro
 
 def _peaks(name: str, peers: Sequence[str], batch: int, length: int) -> Figure:
     """Memory that a forward and backward pass adds to a fresh process, ours over the least peer's."""
-    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
-    found = {}
-    for form in ("ours", *peers):
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            found[form] = pool.submit(_added, name, form, batch, length, threads).result()
+    found = {form: alone(_added, name, form, batch, length) for form in ("ours", *peers)}
     least = min(size for form, size in found.items() if form != "ours")
     return Figure(
         what=f"{name}: B {batch}, T {length:,}: memory of forward and backward over the best peer's",
@@ -216,8 +211,7 @@ def _peaks(name: str, peers: Sequence[str], batch: int, length: int) -> Figure:
     )  # fmt: skip
 
 
-def _added(name: str, form: str, batch: int, length: int, threads: int) -> int:
-    torch.set_num_threads(threads)
+def _added(name: str, form: str, batch: int, length: int) -> int:
     torch.manual_seed(0)
     quiet()
     function = functions()[name]

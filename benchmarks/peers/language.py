@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
-import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from benchmarks.measure import Figure, interleaved, peak_bytes, progress, seconds
 from benchmarks.peers import models
 from benchmarks.peers.limits import bandwidth, matrix_rate
+from benchmarks.processes import alone
 from recipes.malloc import keep_freed_memory
 from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.model.accounting import active_parameters
@@ -85,11 +84,8 @@ def patient(figures: Sequence[Figure]) -> list[str]:
 
 def training_memory(config: SynapseConfig, *, label: str, length: int) -> list[Figure]:
     """What two training steps add to a fresh process, over Mixtral's; ours also with its layers recomputed."""
-    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
-    found = {}
-    for name in ("ours", "ours, layers recomputed", "mixtral"):
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            found[name] = pool.submit(_training_peak, name, config, length, threads).result()
+    names = ("ours", "ours, layers recomputed", "mixtral")
+    found = {name: alone(_training_peak, name, config, length) for name in names}
     what = f"training, {label}, B 1, T {length:,}: memory over mixtral's"
     goals = {"ours": 0.7, "ours, layers recomputed": None}
     return [
@@ -238,8 +234,7 @@ def _read_bytes(model: SynapseModel, batch: int) -> int:
     return round(4 * (active_parameters(model) + pool * (visited - chosen)))
 
 
-def _training_peak(name: str, config: SynapseConfig, length: int, threads: int) -> int:
-    torch.set_num_threads(threads)
+def _training_peak(name: str, config: SynapseConfig, length: int) -> int:
     torch.manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, length + 1))
     if name.startswith("ours"):

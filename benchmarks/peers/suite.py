@@ -6,12 +6,11 @@ They stand here and not in the command, since a fresh process cannot import what
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 
 from benchmarks.measure import Figure
 from benchmarks.peers import functions, language, parts
+from benchmarks.processes import processes
 from synapse_arch import SynapseConfig
 
 
@@ -81,7 +80,7 @@ def measure(name: str, sizes: Sizes) -> list[Figure]:
     Raises:
         KeyError: there is no such part.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=functions.quiet) as pool:
+    with processes(prepare=functions.quiet) as pool:
         return pool.submit(_part, name, sizes).result()
 
 

@@ -21,16 +21,16 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from benchmarks.processes import processes
 from benchmarks.quality import budget, runs
 from benchmarks.quality.models import MODELS
 from benchmarks.quality.table import table
 from benchmarks.quality.tasks import TASKS
+from recipes.malloc import keep_freed_memory
 from synapse_arch.errors import ConfigError, SynapseError, explain
 
 
@@ -89,9 +89,7 @@ def _run(options: argparse.Namespace) -> None:
     work = [(task, model) for task in tasks for model in options.model]
     lengths = [options.steps or _steps(*pair, options) for pair in work]  # before anything is trained
     threads = max(1, torch.get_num_threads() // options.jobs)
-    with ProcessPoolExecutor(
-        options.jobs, mp_context=get_context("spawn"), initializer=runs.prepare, initargs=(threads,)
-    ) as pool:
+    with processes(options.jobs, threads=threads, prepare=keep_freed_memory) as pool:
         common = {"results": options.results, "device": options.device, "bf16": options.bf16}
         futures = [
             pool.submit(

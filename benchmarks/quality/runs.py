@@ -22,7 +22,6 @@ from benchmarks.quality.models import Learner, build, description
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.base import Protocol, Task
 from benchmarks.quality.training import Progress, Trainer
-from recipes.malloc import keep_freed_memory
 
 RESULTS = ROOT / "paper" / "results" / "runs"
 UNFINISHED = ROOT / "runs" / "quality"
@@ -62,12 +61,6 @@ class Run:
         """The record of this run, if it was finished."""
         file = results / f"{self.path}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def prepare(threads: int) -> None:
-    """Sets a process up for training: its share of the cores, and memory that is kept."""
-    torch.set_num_threads(threads)
-    keep_freed_memory()
 
 
 def perform(

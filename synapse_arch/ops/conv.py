@@ -207,7 +207,7 @@ def _mend(y: Tensor, before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
     """Computes anew the outputs whose kernel would read another segment."""
     history = before.shape[1]
     row, at = (found[:, None] for found in _changes(numbers, history, 0))  # (N, 1)
-    read = at + torch.arange(history + 1)  # (N, W) counted from the oldest of before
+    read = at + torch.arange(history + 1, device=x.device)  # (N, W) counted from the oldest of before
     taps = x[row, (read - history).clamp(min=0)]  # (N, W, D)
     taps = torch.where((read < history)[..., None], before[row, read.clamp(max=history - 1)], taps)
     other = numbers[row, read] != numbers[row, at + history]
@@ -218,10 +218,11 @@ def _mend(y: Tensor, before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
 def _mend_backward(grad_x: Tensor, grad: Tensor, weight: Tensor, numbers: Tensor) -> None:
     """Computes anew the gradients of inputs that another segment's kernel would read."""
     history, last = weight.shape[1] - 1, grad.shape[1] - 1
-    own, later = numbers[:, history:], torch.arange(history + 1)
-    furthest = (torch.arange(last + 1) + history).clamp(max=last)
+    own, positions = numbers[:, history:], torch.arange(last + 1 + history, device=grad.device)
+    furthest = positions[history:].clamp(max=last)
     row, at = (found[:, None] for found in (own != own[:, furthest]).nonzero(as_tuple=True))  # (N, 1)
-    reader = (at + later).clamp(max=last)  # (N, W); the last position is of another segment: past it nothing is added
+    # (N, W); the last position is of another segment than these inputs: what is clamped to it adds nothing
+    reader = (at + positions[: history + 1]).clamp(max=last)
     arriving = grad[row, reader].masked_fill_((own[row, reader] != own[row, at])[..., None], 0.0)
     grad_x[row, at] = arriving.mul_(weight.T.flip(0)).sum(1, keepdim=True)
 

@@ -49,6 +49,16 @@ def test_longer_runs_speak_for_shorter_ones_and_other_scales_do_not(tmp_path: Pa
     assert fixture.numbers(tmp_path, runs).cell("s3", "mlstm").scores == [0.5]
 
 
+def test_equal_data_means_equal_steps(tmp_path: Path) -> None:
+    runs = [record("bytes", "synapse", seed, 2.0 + seed / 10, steps=40) for seed in range(3)]
+    runs += [record("bytes", "synapse", 0, 1.5, steps=90), record("bytes", "mamba2", 0, 1.4, steps=70)]
+    runs += [record("bytes", "mamba2", 0, 2.2, steps=40), record("bytes", "mlstm", 0, 2.3, steps=40)]
+    runs += [record("bytes", "synapse", 0, 3.0, steps=20), record("bytes", "mamba2", 0, 3.1, steps=20)]
+    found = fixture.numbers(tmp_path, runs).equal_data
+    assert {name: cell.median for name, cell in found.items()} == {"synapse": 2.1, "mamba2": 2.2, "mlstm": 2.3}
+    assert fixture.numbers(tmp_path / "none", []).equal_data == {}
+
+
 def test_figures_of_the_core_are_of_its_newest_record(tmp_path: Path) -> None:
     files = (("autosize-a", 3, 0.3), ("core-a", 2, 0.2), ("core-b", 1, 0.1))
     for name, time, median in files:

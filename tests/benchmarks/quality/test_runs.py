@@ -239,7 +239,7 @@ def test_nothing_is_trained_before_every_time_is_known(
     tiny: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(budget, "SPEEDS", tmp_path)
-    monkeypatch.setattr(command, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(command, "processes", None)
     (tmp_path / "parity.json").write_text(json.dumps({"step_seconds": {"synapse": 0.5}, "bf16": False}))
     assert command.main(["--task", "parity", "--model", "synapse", "mlstm", "--seconds", "1"]) == 2
     assert "mlstm" in capsys.readouterr().err

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from benchmarks.measure import ROOT, Figure
 from benchmarks.peers import __main__ as program
 from benchmarks.peers import functions, language, models, parts, suite
+from benchmarks.processes import alone
 from synapse_arch import SynapseConfig
 from synapse_arch.model.accounting import active_parameters
 
@@ -54,6 +55,12 @@ def test_another_function_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "functions", lambda: {"delta_rule": wrong})
     (figure,) = functions.measure([(1, 16)], 2, looped=8, peaks=False)
     assert figure.met is False
+
+
+def test_memory_is_that_of_a_process_which_did_nothing_else() -> None:
+    """Also that what is submitted can be imported there."""
+    assert alone(functions._added, "selective_scan", "ours", 4, 512) > 0
+    assert alone(language._training_peak, "ours", TINY, 512) > 0
 
 
 def test_a_peer_that_would_not_fit_is_left_out(

@@ -177,12 +177,12 @@ class Numbers:
         """What this library's model and peers reached on bytes after as many steps, so as much text: the most steps."""
         pairs = {peer: self.pairs(BYTES, peer) for peer in self.peers}
         most = max((steps for found in pairs.values() for steps in found), default=0)
-        cells = {peer: found[most] for peer, found in pairs.items() if most in found}
-        return (
-            {OURS: next(iter(cells.values()))[0], **{peer: other for peer, (_, other) in cells.items()}}
-            if cells
-            else {}
-        )
+        cells: dict[str, Cell] = {}
+        for peer, found in pairs.items():
+            if most in found:
+                ours, other = found[most]
+                cells |= {OURS: ours, peer: other}
+        return cells
 
     @property
     def ablations(self) -> list[str]:

@@ -33,7 +33,6 @@ DECODE_GOALS = {64: 2.0, 4096: 5.0}
 def training(
     config: SynapseConfig,
     *,
-    label: str,
     batch: int,
     length: int,
     rounds: int,
@@ -57,10 +56,10 @@ def training(
             slow[name] = [seconds(step)]
         else:
             jobs[name] = step
-    times = interleaved(jobs, rounds, f"training, {label}, T {length}") | slow
+    times = interleaved(jobs, rounds, f"training, {_size(config)}, T {length}") | slow
     rate = {name: [6 * sizes[name] * batch * length / value for value in times[name]] for name in sizes}
     product = [2 * size**3 / value for value in times["product"]]
-    what = f"training, {label}, B {batch}, T {length:,}"
+    what = f"training, {_size(config)}, B {batch}, T {length:,}"
     details = {"active parameters": sizes, "seconds": times}
     figures = [
         Figure(
@@ -82,11 +81,15 @@ def patient(figures: Sequence[Figure]) -> list[str]:
     return [name for name in models.PEERS if name in times and statistics.median(times[name]) <= PATIENCE]
 
 
-def training_memory(config: SynapseConfig, *, label: str, length: int) -> list[Figure]:
+def _size(config: SynapseConfig) -> str:
+    return f"d {config.d_model} x {config.n_layers}"
+
+
+def training_memory(config: SynapseConfig, *, length: int) -> list[Figure]:
     """What two training steps add to a fresh process, over Mixtral's; ours also with its layers recomputed."""
     names = ("ours", "ours, layers recomputed", "mixtral")
     found = {name: alone(_training_peak, name, config, length) for name in names}
-    what = f"training, {label}, B 1, T {length:,}: memory over mixtral's"
+    what = f"training, {_size(config)}, B 1, T {length:,}: memory over mixtral's"
     goals = {"ours": 0.7, "ours, layers recomputed": None}
     return [
         Figure(

@@ -41,10 +41,6 @@ QUICK = Sizes(
 )  # fmt: skip
 
 
-def _size(config: SynapseConfig) -> str:
-    return f"d {config.d_model} x {config.n_layers}"
-
-
 def _training(sizes: Sizes) -> list[Figure]:
     figures = []
     for config in (sizes.small, sizes.large):
@@ -52,9 +48,7 @@ def _training(sizes: Sizes) -> list[Figure]:
         for length in sorted(sizes.lengths):
             batch = 4 if length <= 512 and config is sizes.small else 1
             rounds = sizes.rounds if config is sizes.small else max(3, sizes.rounds // 3)
-            found = language.training(
-                config, label=_size(config), batch=batch, length=length, rounds=rounds, peers=peers
-            )
+            found = language.training(config, batch=batch, length=length, rounds=rounds, peers=peers)
             figures, peers = [*figures, *found], language.patient(found)
     return figures
 
@@ -72,7 +66,7 @@ MEASUREMENTS: dict[str, Callable[[Sizes], list[Figure]]] = {
         compiled=s.compiled,
     ),
     "dispatch": lambda s: parts.dispatch(s.cases, s.rounds),
-    "memory": lambda s: language.training_memory(s.small, label=_size(s.small), length=s.lengths[-1]),
+    "memory": lambda s: language.training_memory(s.small, length=s.lengths[-1]),
     "start": lambda s: parts.start(s.rounds),
 }
 """Everything that can be measured, in order."""

@@ -160,10 +160,10 @@ def test_a_peer_that_takes_too_long_is_not_called_with_longer_texts() -> None:
 
 def test_a_peer_whose_steps_take_too_long_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "PATIENCE", -1.0)
-    found = language.training(TINY, label="tiny", batch=1, length=8, rounds=3, peers=["llama"])
+    found = language.training(TINY, batch=1, length=8, rounds=3, peers=["llama"])
     assert [len(figure.values) for figure in found] == [3, 1]
     assert language.patient(found) == []
     monkeypatch.setattr(language, "PATIENCE", 60.0)
-    found = language.training(TINY, label="tiny", batch=1, length=8, rounds=3, peers=["llama"])
+    found = language.training(TINY, batch=1, length=8, rounds=3, peers=["llama"])
     assert [len(figure.values) for figure in found] == [3, 3]
     assert language.patient(found) == ["llama"]

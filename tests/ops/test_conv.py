@@ -159,3 +159,14 @@ def test_not_even_a_nan_crosses_to_another_segment(length: int) -> None:
     y.backward(grad)
     assert x.grad is not None
     assert torch.equal(x.grad[:, others], torch.zeros_like(x.grad[:, others]))
+
+
+def test_a_compiled_graph_is_not_broken_by_segments() -> None:
+    """How many rows are put right depends on the data, which the compiler must not ask for."""
+    ids = segments("many", 40)
+    drawn = {"x": torch.randn(3, 40, 24), "weight": torch.randn(24, 4), "bias": torch.randn(24)}
+
+    def run(z: Tensors) -> Tensors:
+        return {"y": causal_conv1d(**z, activation="silu", segment_ids=ids)[0]}
+
+    assert_same(measure(torch.compile(run, backend="aot_eager", fullgraph=True), drawn), measure(run, drawn))

@@ -238,7 +238,7 @@ def _gpu() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}
     found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    for package in ("triton", "flash-linear-attention"):
+    for package in ("triton", "flash-linear-attention", "mamba-ssm"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

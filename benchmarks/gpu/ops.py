@@ -16,6 +16,7 @@ from benchmarks.gpu.parity import Case, Widths, cases, narrowed
 from benchmarks.gpu.timing import Jobs, interleaved
 from benchmarks.measure import Figure, Tensors
 from synapse_arch.ops import _triton
+from synapse_arch.ops._backends import KERNELS
 
 Made = tuple[Callable[..., Any], list[Tensor]]
 
@@ -43,19 +44,23 @@ def measure(
                 Figure(what=f"{what}: {form}", values=tuple(values), unit="seconds", details=details)
                 for form, values in times.items()
             ]
+            kernels = next((name for name in KERNELS if name in times), None)
+            if kernels is None:
+                continue
             figures += [
                 Figure(
                     what=f"{what}: time of {form} over that of our kernels", unit="ratio",
-                    values=tuple(a / b for a, b in zip(values, times["triton"], strict=True)),
+                    values=tuple(a / b for a, b in zip(values, times[kernels], strict=True)),
+                    details={"kernels": kernels},
                 )
-                for form, values in times.items() if form != "triton" and "triton" in times
+                for form, values in times.items() if form != kernels
             ]  # fmt: skip
     return figures
 
 
 def _ours(name: str, case: Case, inputs: Tensors, sound: set[str], backward: bool, compiled: bool) -> Jobs:
     forms: Jobs = {}
-    for backend in ("triton", "chunked", "fusible"):
+    for backend in (backend for backend, dtype in case.forms if dtype == torch.bfloat16):
         if f"{name} {backend}" not in sound:
             continue
         call = partial(case.call, backend=backend, packing={})

@@ -17,18 +17,19 @@ from torch import Tensor
 
 from benchmarks.measure import Figure, Tensors
 from synapse_arch.errors import BackendUnavailable
-from synapse_arch.ops import MLSTMState, delta_rule, mlstm, ssd
-from synapse_arch.ops._backends import BACKENDS
+from synapse_arch.ops import MLSTMState, delta_rule, mlstm, selective_scan, ssd
 from tests.helpers import flatten, measure
 from tests.tolerances import NARROW, NARROW_GRADIENT, NARROW_SUM, NEGLIGIBLE, RELATIVE
 
-NARROWED = ("x", "B", "C", "q", "k", "v")
+NARROWED = ("u", "x", "B", "C", "q", "k", "v")
 """The inputs that are bfloat16 in a bfloat16 model; gates and states are float32 there too."""
 
-FORMS = (
-    ("chunked", torch.float32), ("chunked", torch.bfloat16), ("fusible", torch.bfloat16), ("triton", torch.bfloat16),
-)  # fmt: skip
-"""Backends, and the dtypes in which they are compared."""
+Form = tuple[str, torch.dtype]
+"""A backend, and the dtype in which it is compared."""
+
+CHUNKED: tuple[Form, ...] = (("chunked", torch.float32), ("chunked", torch.bfloat16))
+TRITON: Form = ("triton", torch.bfloat16)
+FUSIBLE: Form = ("fusible", torch.bfloat16)
 
 Packing = dict[str, Tensor]
 
@@ -39,7 +40,8 @@ class Widths:
 
     Attributes:
         heads: H of ssd, mlstm and the memory.
-        state: N.
+        state: N of ssd.
+        scan: N of selective_scan, which has as many channels as ssd.
         head: P.
         key, value: K and V of mlstm.
         memory: K and V of the memory.
@@ -47,6 +49,7 @@ class Widths:
 
     heads: tuple[int, int, int] = (8, 4, 2)
     state: int = 64
+    scan: int = 16
     head: int = 64
     key: int = 32
     value: int = 64
@@ -61,36 +64,38 @@ class Case:
         draw: (B, T) -> float64 inputs with a state that is not fresh; what stands in NARROWED is exact in bfloat16.
         call: (inputs, backend, packing) -> named outputs.
         extremes: what drives gates and decays to their ends.
-        backends: what runs it.
+        forms: what is compared.
         settle: (inputs, packing) -> inputs at which it has a derivative.
     """
 
     draw: Callable[[int, int], Tensors]
     call: Callable[..., Tensors]
     extremes: tuple[dict[str, float], ...]
-    backends: tuple[str, ...]
+    forms: tuple[Form, ...]
     settle: Callable[[Tensors, Packing], Tensors] = lambda drawn, _: drawn
 
 
 def cases(widths: Widths) -> dict[str, Case]:
-    """The recurrences that have kernels."""
+    """The recurrences, all of which have kernels."""
     decays = ({"log_decay": -1e4}, {"log_decay": 0.0, "beta": 2.0}, {"beta": 0.0}, {"k": 0.0, "q": 0.0})
+    steps = ({"dt": 1e-12}, {"dt": 1e3}, {"dt": 1e3, "A": -1e4})
+    memory = partial(_draw_memory, widths)
     return {
+        "selective_scan": Case(
+            partial(_draw_scan, widths), partial(_call, selective_scan), steps,
+            (*CHUNKED, ("mamba_ssm", torch.float32), ("mamba_ssm", torch.bfloat16)),
+        ),
         "ssd": Case(
-            partial(_draw_ssd, widths), partial(_call, ssd), ({"dt": 1e-12}, {"dt": 1e3}, {"dt": 1e3, "A": -1e4}),
-            BACKENDS["ssd"],
+            partial(_draw_ssd, widths), partial(_call, ssd), steps,
+            (*CHUNKED, FUSIBLE, TRITON, ("mamba_ssm", torch.bfloat16)),
         ),
         "mlstm": Case(
             partial(_draw_mlstm, widths), partial(_call, mlstm),
             ({"i": 80.0}, {"i": -80.0}, {"f": -1e3}, {"i": 80.0, "f": -1e3}, {"i": -1e3, "f": 1e3}, {"k": 0.0}),
-            BACKENDS["mlstm"], _off_the_kink,
+            (*CHUNKED, FUSIBLE, TRITON), _off_the_kink,
         ),
-        "delta_rule": Case(
-            partial(_draw_memory, widths), partial(_call, delta_rule), decays, BACKENDS["delta_rule"]
-        ),
-        "hebbian": Case(
-            partial(_draw_memory, widths), partial(_call, delta_rule, rule="hebbian"), decays, BACKENDS["delta_rule"]
-        ),
+        "delta_rule": Case(memory, partial(_call, delta_rule), decays, (*CHUNKED, TRITON)),
+        "hebbian": Case(memory, partial(_call, delta_rule, rule="hebbian"), decays, (*CHUNKED, TRITON)),
     }  # fmt: skip
 
 
@@ -104,7 +109,7 @@ def errors(case: Case, batch: int, length: int, device: str, packing: Packing | 
     drawn = case.settle({name: x.to(device) for name, x in case.draw(batch, length).items()}, packing)
     expected = measure(partial(case.call, backend="reference", packing=packing), drawn)
     found: dict[str, Tensors] = {}
-    for backend, dtype in ((backend, dtype) for backend, dtype in FORMS if backend in case.backends):
+    for backend, dtype in case.forms:
         inputs = narrowed(drawn, dtype)
         try:
             outputs = measure(partial(case.call, backend=backend, packing=packing), inputs)
@@ -178,7 +183,7 @@ def _call(op: Callable[..., Any], inputs: Tensors, *, backend: str, packing: Pac
         state = MLSTMState(*(inputs[f"state.{name}"] for name in MLSTMState._fields))  # type: ignore[assignment]
     y, final = op(**arguments, state=state, backend=backend, **packing, **options)
     if "mask" in packing:
-        y = torch.where(packing["mask"][..., None, None], y, 0.0)
+        y = torch.where(packing["mask"].view(*y.shape[:2], *[1] * (y.dim() - 2)), y, 0.0)
     return {"y": y, **flatten(final, "state")}
 
 
@@ -189,6 +194,16 @@ def _exact(*shape: int) -> Tensor:
 
 def _uniform(low: float, high: float, *shape: int) -> Tensor:
     return low + (high - low) * torch.rand(*shape, dtype=torch.float64)
+
+
+def _draw_scan(w: Widths, batch: int, length: int) -> Tensors:
+    channels = w.heads[0] * w.head
+    return {
+        "u": _exact(batch, length, channels), "dt": _uniform(-7, 0, batch, length, channels).exp(),
+        "A": -_uniform(0.1, 16, channels, w.scan), "B": _exact(batch, length, w.scan),
+        "C": _exact(batch, length, w.scan), "D": torch.randn(channels).double(),
+        "state": torch.randn(batch, channels, w.scan).double(),
+    }  # fmt: skip
 
 
 def _draw_ssd(w: Widths, batch: int, length: int) -> Tensors:

@@ -4,7 +4,7 @@ Each op has a reference form (a loop over time: the definition) and a fast form 
 states and all gradients; `backend` chooses. State is always last in and last out, and never modified.
 """
 
-from synapse_arch.ops._triton import report as backends
+from synapse_arch.ops._kernels import report as backends
 from synapse_arch.ops.conv import causal_conv1d
 from synapse_arch.ops.delta_rule import delta_rule
 from synapse_arch.ops.experts import expert_swiglu

@@ -1,9 +1,9 @@
 """Which implementation of an op runs where.
 
 Every op has a "reference" form (a plain loop, the definition) and a fast pure-PyTorch form; some have "triton", the
-kernels of flash-linear-attention, and "fusible", plain products for a compiler to fuse. "auto" takes the fastest that
-can run. A name that does not exist is a ConfigError, one that exists but cannot run here is BackendUnavailable: nothing
-is ever replaced silently.
+kernels of flash-linear-attention, "mamba_ssm", those of that package, and "fusible", plain products for a compiler to
+fuse. "auto" takes the fastest that can run. A name that does not exist is a ConfigError, one that exists but cannot run
+here is BackendUnavailable: nothing is ever replaced silently.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from torch import Tensor
 from synapse_arch.errors import BackendUnavailable, ConfigError, explain
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "selective_scan": ("chunked", "reference"),
-    "ssd": ("triton", "chunked", "fusible", "reference"),
+    "selective_scan": ("mamba_ssm", "chunked", "reference"),
+    "ssd": ("triton", "mamba_ssm", "chunked", "fusible", "reference"),
     "mlstm": ("triton", "chunked", "fusible", "reference"),
     "delta_rule": ("triton", "chunked", "reference"),
     "expert_swiglu": ("sorted", "grouped", "rowwise", "reference"),
 }
 """The implementations of each op, fastest first."""
+
+KERNELS = ("triton", "mamba_ssm")
+"""The implementations that need a package of kernels and a GPU."""
 
 
 def resolve(op: str, backend: str) -> str:
@@ -36,7 +39,7 @@ def resolve(op: str, backend: str) -> str:
     """
     names = BACKENDS[op]
     if backend == "auto":
-        return next(name for name in names if name != "triton")
+        return next(name for name in names if name not in KERNELS)
     if backend in names:
         return backend
     raise ConfigError(explain(f"{op} backend", f"one of {', '.join(('auto', *names))}", repr(backend)))

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synapse_arch.ops._backends import BACKENDS, fall_back, resolve
 from synapse_arch.ops._opaque import opaque
 
 OLDEST = (0, 6)
@@ -30,46 +29,8 @@ LEAST_DECAY = -104.0
 """Below it e^g is 0 in float32. Decays end here: the kernels subtract running sums, which then stay short."""
 
 
-def choose(op: str, backend: str, values: Tensor, widest: torch.dtype, key: int, value: int, lacking: str = "") -> str:
-    """The implementation of `op` that `backend` means for these inputs.
-
-    Args:
-        op: a key of BACKENDS that has "triton".
-        backend: what the caller asked for.
-        values: the tensor whose device and dtype decide.
-        widest: what gates and states are computed in.
-        key: K.
-        value: V.
-        lacking: what the kernels cannot do of what was asked for; empty where they can.
-
-    Returns:
-        A name of BACKENDS[op], for "auto" the fastest here: "fusible" where torch.compile fuses it for a GPU, else
-        "triton" where the kernels run.
-
-    Raises:
-        ConfigError: an unknown backend. BackendUnavailable: "triton" by name, where it cannot run.
-    """
-    chosen = resolve(op, backend)
-    if backend == "auto" and "fusible" in BACKENDS[op] and _fuses(values, widest):
-        return "fusible"
-    if chosen != "triton" and not (backend == "auto" and values.device.type == "cuda"):
-        return chosen
-    reason = lacking or _obstacle(values, widest, key, value) or missing()
-    return fall_back(op, backend, "triton", "chunked", reason) if reason else "triton"
-
-
-def _fuses(values: Tensor, widest: torch.dtype) -> bool:
-    """Whether a compiler for a GPU looks on that makes plain products in bfloat16 faster than the kernels."""
-    return (
-        torch.compiler.is_compiling() and values.device.type == "cuda"
-        and values.dtype == torch.bfloat16 and widest != torch.float64
-    )  # fmt: skip
-
-
-def _obstacle(values: Tensor, widest: torch.dtype, key: int, value: int) -> str:
-    """Why the kernels cannot take these; empty if they can."""
-    if values.device.type != "cuda":
-        return f"its kernels run on CUDA devices, the tensors are on {values.device.type}"
+def obstacle(values: Tensor, widest: torch.dtype, key: int, value: int) -> str:
+    """Why the kernels cannot take these on a CUDA device; empty if they can."""
     if values.dtype != torch.bfloat16 or widest == torch.float64:
         given = values.dtype if values.dtype != torch.bfloat16 else widest
         return f"its kernels multiply in bfloat16, not in {given}: use autocast or a bfloat16 model"
@@ -100,12 +61,6 @@ def _missing() -> str:
         return f"flash-linear-attention cannot be imported ({error}): {remedy}"
     found = tuple(int(part) for part in fla.__version__.split(".")[:2])
     return "" if found >= OLDEST else f"flash-linear-attention {fla.__version__} is too old: {remedy}"
-
-
-def report() -> dict[str, tuple[str, ...]]:
-    """The implementations each op can run on this machine, fastest first."""
-    absent = {"triton"} if missing() else set()
-    return {op: tuple(name for name in names if name not in absent) for op, names in BACKENDS.items()}
 
 
 def log_decay(g: Tensor, segments: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import ConfigError, explain
-from synapse_arch.ops import _triton
+from synapse_arch.ops import _kernels, _triton
 from synapse_arch.ops._backends import compute_dtype, finite_log, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import Reach, chunks_first, decay_gaps, reach, unchunk_first
@@ -71,7 +71,7 @@ def delta_rule(
     sizes = _check(q, k, v, beta, log_decay, state, write, rule, segment_ids, mask, chunk_size)
     dtype = compute_dtype(q, k, v, beta, log_decay, state, write)
     lacking = "" if write is None else "its kernels have no strengths of the value alone (write)"
-    chosen = _triton.choose("delta_rule", backend, v, dtype, sizes["K"], sizes["V"], lacking)
+    chosen = _kernels.choose("delta_rule", backend, v, dtype, sizes["K"], sizes["V"], lacking)
     with no_autocast(v):
         narrow = v.dtype if chosen == "triton" and sizes["T"] > 1 else dtype
         segments = segment_index(segment_ids, mask)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synapse_arch.errors import StateError, explain
-from synapse_arch.ops import _fusible, _triton
+from synapse_arch.ops import _fusible, _kernels, _triton
 from synapse_arch.ops._backends import compute_dtype, exact_dtype, finite_log, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import reach
@@ -70,7 +70,7 @@ def mlstm(
     """
     sizes = _check(q, k, v, i, f, state, segment_ids, mask, chunk_size)
     dtype = compute_dtype(q, k, v, i, f, *(state or ()))
-    chosen = _triton.choose("mlstm", backend, v, dtype, sizes["K"], sizes["V"])
+    chosen = _kernels.choose("mlstm", backend, v, dtype, sizes["K"], sizes["V"])
     with no_autocast(v):
         log_i, log_f = _log_gates(i.to(dtype), f.to(dtype), mask)
         if state is None:

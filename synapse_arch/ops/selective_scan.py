@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, resolve
+from synapse_arch.ops import _kernels, _mamba_ssm
+from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._opaque import opaque
 from synapse_arch.ops._packing import segment_index
@@ -46,7 +47,7 @@ def selective_scan(
         segment_ids: (B, T) ints; the state does not cross a change of id.
         mask: (B, T) bool; False positions neither write nor decay the state.
         chunk_size: steps a chunk; chunks step side by side ("chunked").
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "mamba_ssm" (on a CUDA device), "chunked" or "reference".
 
     Returns:
         y (B, T, D) in u's dtype and the final state (B, D, N), float32 or wider.
@@ -55,9 +56,9 @@ def selective_scan(
         ShapeError, StateError: arguments that do not fit. ConfigError, BackendUnavailable: the backend.
     """
     sizes = _check(u, dt, A, B, C, D, state, segment_ids, mask, chunk_size)
-    chosen = resolve("selective_scan", backend)
+    dtype = compute_dtype(u, dt, A, B, C, D, state)
+    chosen = _kernels.choose("selective_scan", backend, u, dtype, sizes["N"], sizes["D"])
     with no_autocast(u):
-        dtype = compute_dtype(u, dt, A, B, C, D, state)
         wide, steps = u.to(dtype), dt.to(dtype)
         if mask is not None:
             steps = torch.where(mask[..., None], steps, 0.0)  # dt = 0 neither decays nor writes
@@ -69,6 +70,8 @@ def selective_scan(
             y, final = _step(*args[:-1])
         elif chosen == "reference" or sizes["T"] == 1:
             y, final = _reference(*args)
+        elif chosen == "mamba_ssm":
+            y, final = _mamba_ssm.scan(wide, *args[1:])
         else:
             y, final = _chunked(*args, min(chunk_size, sizes["T"]))
         if D is not None:

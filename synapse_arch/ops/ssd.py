@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from synapse_arch.errors import ShapeError, explain
-from synapse_arch.ops import _triton
+from synapse_arch.ops import _kernels, _mamba_ssm, _triton
 from synapse_arch.ops._backends import compute_dtype, is_step, no_autocast, widen
 from synapse_arch.ops._checks import Sizes, check_chunk_size, check_float, check_packing, check_shape, check_state
 from synapse_arch.ops._chunking import reach
@@ -47,8 +47,8 @@ def ssd(
         segment_ids: (B, T) ints; the state does not cross a change of id.
         mask: (B, T) bool; False positions neither write nor decay the state.
         chunk_size: positions computed side by side ("chunked").
-        backend: "auto", "triton" (bfloat16 x, B and C on a CUDA device), "chunked", "fusible" (for torch.compile, which
-            "auto" takes where it compiles bfloat16 for a GPU) or "reference".
+        backend: "auto", "triton" or "mamba_ssm" (bfloat16 x, B and C on a CUDA device), "chunked", "fusible" (for
+            torch.compile, which "auto" takes where it compiles bfloat16 for a GPU) or "reference".
 
     Returns:
         y (B, T, H, P) in x's dtype and the final state (B, H, P, N), float32 or wider.
@@ -58,7 +58,7 @@ def ssd(
     """
     sizes = _check(x, dt, A, B, C, D, state, segment_ids, mask, chunk_size)
     dtype = compute_dtype(x, dt, A, B, C, D, state)
-    chosen = _triton.choose("ssd", backend, x, dtype, sizes["N"], sizes["P"])
+    chosen = _kernels.choose("ssd", backend, x, dtype, sizes["N"], sizes["P"])
     with no_autocast(x):
         steps = dt.to(dtype)
         if mask is not None:
@@ -66,14 +66,14 @@ def ssd(
         if state is None:
             state = x.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"], dtype=dtype)
         segments = segment_index(segment_ids, mask)
-        rates, state = steps * A.to(dtype), state.to(dtype)
+        A, state = A.to(dtype), state.to(dtype)
         if sizes["T"] > 1 and chosen == "chunked":
-            return _chunked(x, steps, rates, B, C, D, state, segments, min(chunk_size, sizes["T"]))
+            return _chunked(x, steps, A, B, C, D, state, segments, min(chunk_size, sizes["T"]))
         form = _FORMS.get(chosen, _reference) if sizes["T"] > 1 else _reference
         wide, B, C = widen(dtype if form is _reference else x.dtype, (x, B, C))
         if is_step(sizes["T"]) and chosen != "reference":
             form = _step
-        y, final = form(wide, steps, rates, B, C, state, segments)
+        y, final = form(wide, steps, A, B, C, state, segments)
         if D is not None:
             y = torch.addcmul(y, wide, D.to(wide.dtype)[:, None])
     return y.to(x.dtype), final
@@ -102,10 +102,10 @@ def _check(
 
 
 def _reference(
-    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, one position after another."""
-    heads, groups = x.shape[2], B.shape[2]
+    log_decay, heads, groups = dt * A, x.shape[2], B.shape[2]
     B, C = (z.repeat_interleave(heads // groups, dim=2) for z in (B, C))
     outputs = []
     for t in range(x.shape[1]):
@@ -118,43 +118,43 @@ def _reference(
 
 
 def _step(
-    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One position: the heads of a group stand side by side in the product with their C."""
     before = state.unflatten(1, (B.shape[2], -1))  # (B, G, R, P, N), R = H / G heads
     written = (dt[..., None] * x).view(before.shape[:-1])[..., None]
-    decay = log_decay.exp().view(before.shape[:3])[..., None, None]
+    decay = (dt * A).exp().view(before.shape[:3])[..., None, None]
     after = (before * decay).addcmul_(written, B[:, 0, :, None, None])
     y = after.flatten(2, 3) @ C[:, 0, :, :, None]
     return y.reshape(x.shape), after.flatten(1, 2)
 
 
 def _by_kernel(
-    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The linear recurrence with keys B, values dt x and queries C; its state is the transpose of ours."""
     repeats = x.shape[2] // B.shape[2]
     B, C = (z.repeat_interleave(repeats, dim=2) for z in (B, C))
     writes = (dt[..., None] * x).to(x.dtype)
-    y, final = _triton.linear(C, B, writes, _triton.log_decay(log_decay, segments), state.transpose(-1, -2))
+    y, final = _triton.linear(C, B, writes, _triton.log_decay(dt * A, segments), state.transpose(-1, -2))
     return y, final.transpose(-1, -2).contiguous()
 
 
 def _fusible(
-    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The same, but the heads of a group share keys and queries."""
-    y, final = linear(C, B, x, dt, _triton.log_decay(log_decay, segments), state.transpose(-1, -2))
+    y, final = linear(C, B, x, dt, _triton.log_decay(dt * A, segments), state.transpose(-1, -2))
     return y, final.transpose(-1, -2).contiguous()
 
 
-_FORMS = {"triton": _by_kernel, "fusible": _fusible}
+_FORMS = {"triton": _by_kernel, "mamba_ssm": _mamba_ssm.ssd, "fusible": _fusible}
 
 
 def _chunked(
     x: Tensor,
     dt: Tensor,
-    log_decay: Tensor,
+    A: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
@@ -164,5 +164,5 @@ def _chunked(
 ) -> tuple[Tensor, Tensor]:
     """A linear recurrence, see `_linear`; the heads of a group share B and C."""
     visible = reach(segments, size, x.shape[1], x.device)
-    y, _, final = linear_chunks(C, B, x, dt, log_decay, state, visible, size, D)
+    y, _, final = linear_chunks(C, B, x, dt, dt * A, state, visible, size, D)
     return y.to(x.dtype), final

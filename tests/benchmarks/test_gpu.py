@@ -14,7 +14,7 @@ from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import decoding, ops, parity, training, tuning
 from synapse_arch import SynapseConfig, SynapseModel
 from synapse_arch.model.accounting import active_parameters
-from synapse_arch.ops import _triton
+from synapse_arch.ops import _kernels, _triton
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is measured by the program itself")
 
@@ -74,14 +74,14 @@ def test_parity_notices_another_function() -> None:
         found = case.call(inputs, backend=backend, packing=packing)
         return found | {"y": found["y"] * (1.02 if backend == "chunked" else 1.0)}
 
-    found = parity.errors(parity.Case(case.draw, wrong, (), ("chunked",)), 1, 20, "cpu")
+    found = parity.errors(parity.Case(case.draw, wrong, (), parity.CHUNKED), 1, 20, "cpu")
     assert found["chunked bfloat16"]["y"] > parity.goal("chunked bfloat16", "y")
 
 
-def test_parity_is_asked_where_there_is_a_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_is_asked_where_there_is_a_derivative() -> None:
     """mLSTM has none where |nᵀq| = e^-m; among 2,400 positions some are so near that bfloat16 picks a side."""
-    monkeypatch.setattr(parity, "FORMS", (("fusible", torch.bfloat16),))
     case, packed = parity.cases(parity.Widths())["mlstm"], parity.packing(2, 300)
+    case = replace(case, forms=(parity.FUSIBLE,))
     off = {}
     for settle in (case.settle, lambda drawn, _: drawn):
         (found,) = parity.errors(replace(case, settle=settle), 2, 300, "cpu", packed).values()
@@ -100,7 +100,7 @@ def test_the_large_model_is_of_the_size_it_is_called_by_and_fits_the_kernels(mon
     monkeypatch.setattr(_triton, "_missing", lambda: "")
     there: Any = type("OnCuda", (), {"device": torch.device("cuda"), "dtype": torch.bfloat16})()
     for key, value in ((widths.key, widths.value), (widths.state, widths.head), (widths.memory, widths.memory)):
-        assert _triton.choose("ssd", "auto", there, torch.float32, key, value) == "triton"
+        assert _kernels.choose("ssd", "auto", there, torch.float32, key, value) == "triton"
 
 
 def test_bytes_that_a_step_reads() -> None:

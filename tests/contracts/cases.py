@@ -32,6 +32,7 @@ H, K, V, P, N, G, W, D, E = 4, 6, 5, 3, 7, 2, 4, 8, 5
 RECURRENCES = ("reference", "chunked")
 KERNELS = (*RECURRENCES, "triton")
 LINEAR = (*KERNELS, "fusible")
+SCANS = (*RECURRENCES, "mamba_ssm")
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ TENSOR = torch.empty(0)  # the structure of a state that is one tensor
 OPS = (
     Case("causal_conv1d", draw_conv, op(causal_conv1d, TENSOR), ("x",)),
     Case("causal_conv1d-silu", draw_conv, op(causal_conv1d, TENSOR, activation="silu"), ("x",)),
-    Case("selective_scan", draw_scan, op(selective_scan, TENSOR), ("u", "dt", "B", "C"), RECURRENCES, SSM_EXTREMES),
-    Case("ssd", draw_ssd, op(ssd, TENSOR), ("x", "dt", "B", "C"), LINEAR, SSM_EXTREMES),
+    Case("selective_scan", draw_scan, op(selective_scan, TENSOR), ("u", "dt", "B", "C"), SCANS, SSM_EXTREMES),
+    Case("ssd", draw_ssd, op(ssd, TENSOR), ("x", "dt", "B", "C"), (*LINEAR, "mamba_ssm"), SSM_EXTREMES),
     Case(
         "mlstm", draw_mlstm, op(mlstm, MLSTMState(*torch.empty(3))), ("q", "k", "v", "i", "f"), LINEAR,
         MLSTM_EXTREMES,

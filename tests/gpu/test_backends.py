@@ -5,14 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu.parity import FORMS, Case, Widths, cases, errors, goal, narrowed, packing
+from benchmarks.gpu.parity import Case, Form, Widths, cases, errors, goal, narrowed, packing
 from synapse_arch import ops
 from synapse_arch.errors import BackendUnavailable
-from synapse_arch.ops import _triton
+from synapse_arch.ops import _kernels
+from synapse_arch.ops._backends import KERNELS
 from tests.helpers import Tensors, measure
 
 CASES = cases(Widths())
 ALL = pytest.mark.parametrize("name", CASES)
+KERNEL_FORMS = [(name, form) for name, case in CASES.items() for form in case.forms if form[0] in KERNELS]
+EACH = pytest.mark.parametrize(
+    ("name", "form"), KERNEL_FORMS, ids=lambda x: x if isinstance(x, str) else f"{x[0]}-{x[1]}"
+)  # fmt: skip
 
 
 def judge(distances: dict[str, Tensors]) -> None:
@@ -26,8 +31,12 @@ def judge(distances: dict[str, Tensors]) -> None:
     assert not off, "; ".join(off)
 
 
-def kernels_or_skip() -> None:
-    if reason := _triton.missing():
+def absent(name: str, kernels: str) -> str:
+    return _kernels.missing(kernels, name.replace("hebbian", "delta_rule"))
+
+
+def kernels_or_skip(name: str, kernels: str) -> None:
+    if reason := absent(name, kernels):
         pytest.skip(reason)
 
 
@@ -36,8 +45,8 @@ def kernels_or_skip() -> None:
 def test_backends_equal_the_definition(name: str, length: int) -> None:
     found = errors(CASES[name], 2, length, "cuda")
     judge(found)
-    expected = [backend for backend, _ in FORMS if backend in CASES[name].backends]
-    assert len(found) == len(expected) - bool(_triton.missing())
+    forms = CASES[name].forms
+    assert len(found) == sum(backend not in KERNELS or not absent(name, backend) for backend, _ in forms)
 
 
 @ALL
@@ -46,30 +55,32 @@ def test_packed_and_padded(name: str, length: int) -> None:
     judge(errors(CASES[name], 2, length, "cuda", packing(2, length)))
 
 
-@ALL
-def test_gates_at_their_ends(name: str) -> None:
-    kernels_or_skip()
+@EACH
+def test_gates_at_their_ends(name: str, form: Form) -> None:
+    kernels, dtype = form
+    kernels_or_skip(name, kernels)
     case: Case = CASES[name]
     for changed in case.extremes:
         drawn = case.draw(2, 130)
         drawn |= {key: torch.full_like(drawn[key], value) for key, value in changed.items()}
-        inputs = narrowed({key: x.cuda() for key, x in drawn.items()}, torch.bfloat16)
-        found = measure(lambda z, c=case: c.call(z, backend="triton", packing={}), inputs)
+        inputs = narrowed({key: x.cuda() for key, x in drawn.items()}, dtype)
+        found = measure(lambda z, c=case: c.call(z, backend=kernels, packing={}), inputs)
         assert all(x.isfinite().all() for x in found.values()), changed
 
 
-@ALL
-def test_auto_takes_the_kernels_and_compiles_to_one_graph(name: str) -> None:
-    kernels_or_skip()
+@EACH
+def test_auto_compiles_to_one_graph_and_equals_the_kernels(name: str, form: Form) -> None:
+    kernels, dtype = form
+    kernels_or_skip(name, kernels)
     torch.compiler.reset()
     case: Case = CASES[name]
-    inputs = narrowed({key: x.cuda() for key, x in case.settle(case.draw(2, 130), {}).items()}, torch.bfloat16)
-    expected = measure(lambda z: case.call(z, backend="triton", packing={}), inputs)
+    inputs = narrowed({key: x.cuda() for key, x in case.settle(case.draw(2, 130), {}).items()}, dtype)
+    expected = measure(lambda z: case.call(z, backend=kernels, packing={}), inputs)
     compiled = torch.compile(lambda z: case.call(z, backend="auto", packing={}), fullgraph=True)
     found = measure(compiled, inputs)
     for key, x in expected.items():
         off = (found[key].double() - x.double()).norm() / x.double().norm().clamp(min=1e-30)
-        assert off <= goal("triton bfloat16", key), (key, float(off))
+        assert off <= goal("kernels bfloat16", key), (key, float(off))
 
 
 def test_float32_is_not_narrowed_unasked() -> None:

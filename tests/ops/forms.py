@@ -1,8 +1,9 @@
-"""What every other form of a recurrence is asked, beside being equal to the definition."""
+"""What every other form of a recurrence is asked, beside being equal to the definition; loops in place of kernels."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tests.contracts.cases import Case
 from tests.helpers import Tensors, assert_same, measure
@@ -30,3 +31,47 @@ def check_padding(case: Case, backend: str) -> None:
         return {name: x if name.startswith("state") else x[mask] for name, x in outputs.items()}
 
     assert_same(measure(lambda z: run(z, backend), tensors), measure(lambda z: run(z, "reference"), tensors))
+
+
+def loop(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """What kernels compute; g (B, T, H, K) has a decay for every key channel, and without beta nothing is erased."""
+    outputs = []
+    for t in range(q.shape[1]):
+        state = g[:, t].exp()[..., None] * state
+        added = v[:, t]
+        if beta is not None:
+            added = beta[:, t, :, None] * (added - (k[:, t, ..., None] * state).sum(-2))
+        state = state + k[:, t, ..., None] * added[..., None, :]
+        outputs.append((q[:, t, ..., None] * state).sum(-2))
+    return torch.stack(outputs, 1), state
+
+
+def loop_backward(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor, state: Tensor, grad: Tensor, arriving: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of `loop`, by hand: a compiled operator runs where nothing is recorded."""
+    decayed, after = [], []
+    for t in range(q.shape[1]):
+        decayed.append(g[:, t].exp()[..., None] * state)
+        _, state = loop(*(x[:, t : t + 1] for x in (q, k, v)), None if beta is None else beta[:, t : t + 1],
+                        g[:, t : t + 1], state)  # fmt: skip
+        after.append(state)
+    found: dict[str, list[Tensor]] = {name: [] for name in ("q", "k", "v", "beta", "g")}
+    for t in reversed(range(q.shape[1])):
+        key, before = k[:, t, ..., None], decayed[t]
+        found["q"].append((after[t] * grad[:, t, :, None]).sum(-1))
+        arriving = arriving + q[:, t, ..., None] * grad[:, t, :, None]
+        added = (key * arriving).sum(-2)
+        if beta is None:
+            found["k"].append((arriving * v[:, t, :, None]).sum(-1))
+            found["v"].append(added)
+        else:
+            strength, missing = beta[:, t, :, None], v[:, t] - (key * before).sum(-2)
+            found["v"].append(strength * added)
+            found["beta"].append((added * missing).sum(-1))
+            held = -strength * added
+            found["k"].append((arriving * (strength * missing)[..., None, :] + before * held[..., None, :]).sum(-1))
+            arriving = arriving + key * held[..., None, :]
+        found["g"].append((arriving * before).sum(-1))
+        arriving = g[:, t].exp()[..., None] * arriving
+    return *(torch.stack(parts[::-1], 1) for parts in found.values() if parts), arriving

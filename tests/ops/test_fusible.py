@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from synapse_arch.ops import _triton
+from synapse_arch.ops import _kernels, _triton
 from synapse_arch.ops._fusible import CHUNK
 from tests.contracts.cases import OPS, Case, packing
 from tests.helpers import Tensors, assert_same, cast, measure
@@ -61,7 +61,7 @@ def test_it_compiles_without_a_break(case: Case) -> None:
 def test_a_compiler_for_a_gpu_gets_it_unasked(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(backend: str = "auto", device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **widest: Any) -> str:
         values: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
-        return _triton.choose(op, backend, values, widest.get("widest", torch.float32), 64, 64)
+        return _kernels.choose(op, backend, values, widest.get("widest", torch.float32), 64, 64)
 
     monkeypatch.setattr(_triton, "_missing", lambda: "there are none")
     assert chosen() == "chunked"

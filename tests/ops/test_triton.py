@@ -14,57 +14,13 @@ from torch import Tensor
 
 from synapse_arch import ops
 from synapse_arch.errors import BackendUnavailable
-from synapse_arch.ops import _triton
-from synapse_arch.ops._backends import BACKENDS
+from synapse_arch.ops import _kernels, _mamba_ssm, _triton
+from synapse_arch.ops._backends import BACKENDS, _log_once
 from tests.contracts.cases import OPS, Case, packing
 from tests.helpers import assert_same, cast, measure
-from tests.ops.forms import check_extremes, check_padding
+from tests.ops.forms import check_extremes, check_padding, loop, loop_backward
 
 CASES = [case for case in OPS if "triton" in case.backends and "write" not in case.sequence]
-
-
-def loop(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """What both kernels compute; g has a decay for every key channel, and without beta nothing is erased."""
-    outputs = []
-    for t in range(q.shape[1]):
-        state = g[:, t].exp()[..., None] * state
-        added = v[:, t]
-        if beta is not None:
-            added = beta[:, t, :, None] * (added - (k[:, t, ..., None] * state).sum(-2))
-        state = state + k[:, t, ..., None] * added[..., None, :]
-        outputs.append((q[:, t, ..., None] * state).sum(-2))
-    return torch.stack(outputs, 1), state
-
-
-def loop_backward(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor, state: Tensor, grad: Tensor, arriving: Tensor
-) -> tuple[Tensor, ...]:
-    """The gradients of `loop`, by hand: a compiled operator runs where nothing is recorded."""
-    decayed, after = [], []
-    for t in range(q.shape[1]):
-        decayed.append(g[:, t].exp()[..., None] * state)
-        _, state = loop(*(x[:, t : t + 1] for x in (q, k, v)), None if beta is None else beta[:, t : t + 1],
-                        g[:, t : t + 1], state)  # fmt: skip
-        after.append(state)
-    found: dict[str, list[Tensor]] = {name: [] for name in ("q", "k", "v", "beta", "g")}
-    for t in reversed(range(q.shape[1])):
-        key, before = k[:, t, ..., None], decayed[t]
-        found["q"].append((after[t] * grad[:, t, :, None]).sum(-1))
-        arriving = arriving + q[:, t, ..., None] * grad[:, t, :, None]
-        added = (key * arriving).sum(-2)
-        if beta is None:
-            found["k"].append((arriving * v[:, t, :, None]).sum(-1))
-            found["v"].append(added)
-        else:
-            strength, missing = beta[:, t, :, None], v[:, t] - (key * before).sum(-2)
-            found["v"].append(strength * added)
-            found["beta"].append((added * missing).sum(-1))
-            held = -strength * added
-            found["k"].append((arriving * (strength * missing)[..., None, :] + before * held[..., None, :]).sum(-1))
-            arriving = arriving + key * held[..., None, :]
-        found["g"].append((arriving * before).sum(-1))
-        arriving = g[:, t].exp()[..., None] * arriving
-    return *(torch.stack(parts[::-1], 1) for parts in found.values() if parts), arriving
 
 
 @pytest.fixture
@@ -88,7 +44,8 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for double in (gla_forward, gla_backward, kda_forward, kda_backward):
         monkeypatch.setattr(_triton, double.__name__, double)
-    monkeypatch.setattr(_triton, "_obstacle", lambda *_: "")
+    monkeypatch.setattr(_triton, "obstacle", lambda *_: "")
+    monkeypatch.setattr(_kernels, "_elsewhere", lambda _: "")
     monkeypatch.setattr(_triton, "_missing", lambda: "")
 
 
@@ -180,9 +137,10 @@ def test_what_the_kernels_cannot_take(
 ) -> None:
     there = type("OnCuda", (), {"device": torch.device("cuda"), "dtype": dtype})()
     with pytest.raises(BackendUnavailable, match=reason):
-        _triton.choose("ssd", "triton", there, widest, key, value)
+        _kernels.choose("ssd", "triton", there, widest, key, value)
+    _log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert _triton.choose("ssd", "auto", there, widest, key, value) == "chunked"
+        assert _kernels.choose("ssd", "auto", there, widest, key, value) == "chunked"
     assert reason in caplog.text
 
 
@@ -215,6 +173,8 @@ def test_a_missing_or_an_old_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_report_holds_kernels_where_they_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "triton" not in ops.backends()["ssd"]
+    assert not {"triton", "mamba_ssm"} & set(ops.backends()["ssd"])
     monkeypatch.setattr(_triton, "_missing", lambda: "")
+    assert "triton" in ops.backends()["ssd"]
+    monkeypatch.setattr(_mamba_ssm, "_missing", lambda _: "")
     assert ops.backends() == BACKENDS

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from synapse_arch.errors import ShapeError, explain
@@ -189,7 +190,7 @@ def generate(
     sampling = sampling or Sampling()
     decoder = Decoder(model, ids, state, sampling=sampling, mask=mask, trace=None, compile=compile, alone=True)
     rows = [_Row([], [], StopMatcher(sampling.stop)) for _ in range(ids.shape[0])]
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode():
         decoder.read_prompt()
         before = deque([decoder.state], maxlen=max(map(len, sampling.stop), default=1))  # states to go back to
         for _ in range(sampling.max_tokens):
@@ -205,7 +206,7 @@ def generate(
     return GenerateOutput(
         ids=[row.ids for row in rows],
         logprobs=[row.logprobs for row in rows],
-        state=decoder.state,
+        state=decoder.state.clone(),  # outside of inference mode: tensors like any other
         finish=[row.finish or "length" for row in rows],
     )
 

@@ -531,3 +531,14 @@ def test_a_row_that_has_ended_does_not_break_the_others() -> None:
         model.embedding.weight[first[0]] = torch.nan
     stopped = Sampling(temperature=0, max_tokens=4, stop=((first[0],),))
     assert generate(model, ids, sampling=stopped).ids == [[], second]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_was_generated_can_be_trained_on(model: SynapseModel, prompt: Tensor, count: int) -> None:
+    after = generate(model, prompt, sampling=greedy(count)).state
+    out = model(tokens(1, 5), after, targets=tokens(1, 5))
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.layers[0].parameters() if p.requires_grad)
+    model.zero_grad()
+    for x in after.to_tensors().values():
+        assert not x.is_inference()

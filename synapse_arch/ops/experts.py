@@ -175,9 +175,9 @@ def sort_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """
     flat = indices.reshape(-1)
     owner = torch.where(flat < 0, experts, flat)
-    order = torch.argsort(owner, stable=True)
+    owner, order = owner.sort(stable=True)
     bounds = torch.arange(experts + 1, device=flat.device, dtype=flat.dtype)
-    return order, torch.searchsorted(owner[order], bounds).diff()
+    return order, torch.searchsorted(owner, bounds).diff()
 
 
 def _grouped(x: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, share: Tensor, counts: Tensor) -> Tensor:
@@ -195,12 +195,28 @@ def _grouped(x: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, share: Tenso
     return rows[torch.argsort(order)].view(-1, slots, x.shape[1]).sum(1)
 
 
-class _Rows(NamedTuple):
-    """Where the slots of all experts stand, expert after expert, each expert's rows filled up to a multiple."""
+Group = tuple[tuple[int, ...], int]
+"""One expert, or two that are multiplied together, and how many rows each has."""
 
-    spans: list[tuple[int, slice]]  # the experts that received slots, each with its rows
-    token: Tensor  # (R,) whose token a row holds; n where it holds none
-    row: Tensor  # (n, k) where a slot stands; R where it is unused
+
+class _Rows(NamedTuple):
+    """Where the slots of all experts stand, group after group.
+
+    What an expert's rows are filled up with is its own first one again, which nobody then picks.
+    """
+
+    groups: list[Group]  # of the experts that received slots
+    token: Tensor  # (R',) whose token a row holds
+    row: Tensor  # (n, k) where a slot stands; R >= R' where it is unused
+
+
+ALIKE = 16
+"""Two experts are multiplied together where their loads differ by at most a sixteenth of the larger one."""
+
+
+def _in_pairs(x: Tensor) -> bool:
+    """Whether experts are multiplied two at a time: a thread each is faster on a CPU than two threads for either."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def _row_multiple(x: Tensor, slots: int, experts: int) -> int:
@@ -209,36 +225,68 @@ def _row_multiple(x: Tensor, slots: int, experts: int) -> int:
     oneDNN, which multiplies narrow numbers on CPUs, compiles for every new shape (1 ms, as long as the product itself
     takes) and keeps what it compiled; without filling up there is a new one at every expert of every step.
     """
-    if x.device.type != "cpu" or x.dtype in (torch.float32, torch.float64):
+    if x.device.type != "cpu" or _in_pairs(x):
         return 1
     return min(64, max(8, 1 << (slots // (8 * experts)).bit_length()))
 
 
 def _most_rows(x: Tensor, slots: int, experts: int) -> int:
     """R, whatever the routing."""
+    if _in_pairs(x):
+        return slots + slots // (2 * ALIKE - 1)
     return slots + experts * (_row_multiple(x, slots, experts) - 1)
+
+
+def _groups(counts: list[int], multiple: int, pairs: bool) -> list[Group]:
+    """The experts that received slots, by falling load, one or, of like loads, two at a time."""
+    loads = sorted((count, e) for e, count in enumerate(counts) if count)
+    groups: list[Group] = []
+    while loads:
+        count, e = loads.pop()
+        together: tuple[int, ...] = (e,)
+        if pairs and loads and ALIKE * (count - loads[-1][0]) <= count:
+            together = tuple(sorted((e, loads.pop()[1])))
+        groups.append((together, -(-count // multiple) * multiple))
+    return groups
 
 
 def _place(x: Tensor, order: Tensor, counts: Tensor) -> _Rows:
     """Gives the slots their rows; where the counts lie on a device, it is waited for once."""
     n, slots, experts = x.shape[0], order.shape[0], counts.shape[0]
-    multiple, most = _row_multiple(x, slots, experts), _most_rows(x, slots, experts)
-    filled = (counts + multiple - 1) // multiple * multiple
-    starts = filled.cumsum(0) - filled
-    known, first, size = torch.stack([counts, starts, filled]).tolist()
-    spans = [(e, slice(first[e], first[e] + size[e])) for e in range(experts) if size[e]]
-    used = order[: sum(known)]
-    shifts = (starts - (counts.cumsum(0) - counts)).repeat_interleave(counts, output_size=used.shape[0])
-    row = order.new_full((slots,), most)
+    known: list[int] = counts.tolist()
+    groups = _groups(known, _row_multiple(x, slots, experts), _in_pairs(x))
+    ranked = [(e, size) for together, size in groups for e in together]
+    ranked += [(e, 0) for e, count in enumerate(known) if not count]
+    starts, end = [0] * experts, 0
+    for e, size in ranked:
+        starts[e], end = end, end + size
+    placed = torch.tensor([starts, *zip(*ranked, strict=True)]).to(x.device, non_blocking=True)
+    used, offsets = order[: sum(known)], counts.cumsum(0) - counts
+    shifts = (placed[0] - offsets).repeat_interleave(counts, output_size=used.shape[0])
+    row = order.new_full((slots,), _most_rows(x, slots, experts))
     row[used] = torch.arange(used.shape[0], device=x.device) + shifts
-    token = order.new_full((most,), n)
-    token[row[used]] = used // (slots // n)
-    return _Rows(spans, token, row.view(n, -1))
+    first = order[offsets.clamp(max=slots - 1)]
+    token = first[placed[1]].repeat_interleave(placed[2], output_size=end)
+    token[row[used]] = used
+    return _Rows(groups, token // (slots // n), row.view(n, -1))
 
 
-def _with_zeros(x: Tensor) -> Tensor:
-    """(n, D) -> (n + 1, D); the row of zeros is for those that hold no token."""
-    return F.pad(x, (0, 0, 0, 1))
+def _by_group(x: Tensor, groups: list[Group]) -> list[Tensor]:
+    """The rows x (R, ...) of each group, (m, ...) of one expert and (2, m, ...) of two."""
+    sizes = [size * len(together) for together, size in groups]
+    parts = x[: sum(sizes)].split(sizes) if sizes else ()
+    return [
+        part if len(together) == 1 else part.unflatten(0, (2, -1))
+        for part, (together, _) in zip(parts, groups, strict=True)
+    ]
+
+
+def _of(stack: Tensor, together: tuple[int, ...]) -> Tensor:
+    """The matrix of one expert, or those of two (2, ...), where they lie in the stack (E, ...)."""
+    if len(together) == 1:
+        return stack[together[0]]
+    first, last = together
+    return stack[first : last + 1 : last - first]
 
 
 class _Sorted(torch.autograd.Function):
@@ -252,7 +300,7 @@ class _Sorted(torch.autograd.Function):
         ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, weights: Tensor, counts: Tensor
     ) -> tuple[Tensor, Tensor]:
         places = _place(x, order, counts)
-        hidden = x.new_empty(places.token.shape[0], w_in.shape[2])
+        hidden = x.new_empty(_most_rows(x, order.shape[0], w_in.shape[0]), w_in.shape[2])
         y = _through(x, w_in, w_out, places, weights, hidden)
         ctx.save_for_backward(x, w_in, w_out, order, weights, counts, hidden)
         ctx.mark_non_differentiable(hidden)
@@ -264,38 +312,39 @@ class _Sorted(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         x, w_in, w_out, order, weights, counts, hidden = ctx.saved_tensors
         wants_x, wants_in, wants_out, _, wants_weights, _ = ctx.needs_input_grad
-        spans, token, row = _place(x, order, counts)
-        source, arriving = _with_zeros(x), _with_zeros(grad)
-        scales = weights.new_zeros(token.shape[0] + 1, 1)
+        groups, token, row = _place(x, order, counts)
+        scales = weights.new_zeros(hidden.shape[0] + 1, 1)
         scales[row] = weights[..., None]
         grad_in = torch.empty_like(w_in) if wants_in else None
         grad_out = torch.empty_like(w_out) if wants_out else None
-        for e in set(range(w_in.shape[0])) - {e for e, _ in spans}:  # the others are written whole below
+        visited = {e for together, _ in groups for e in together}
+        for e in set(range(w_in.shape[0])) - visited:  # the others are written whole below
             for unused in (grad_in, grad_out):
                 if unused is not None:
                     unused[e] = 0.0
-        grad_scales = weights.new_zeros(token.shape[0] + 1)
-        rows = x.new_empty(token.shape[0] + 1, x.shape[1]) if wants_x else None
-        for e, span in spans:
-            came, scale = arriving.index_select(0, token[span]), scales[span]
-            gate, up = hidden[span].chunk(2, dim=-1)
+        grad_scales = weights.new_zeros(hidden.shape[0] + 1)
+        rows = x.new_empty(hidden.shape[0] + 1, x.shape[1])
+        parts = (_by_group(y, groups) for y in (token, scales, hidden, grad_scales, rows))
+        for (together, _), tokens, scale, first, grad_scale, grad_row in zip(groups, *parts, strict=True):
+            came = F.embedding(tokens, grad)
+            gate, up = first.chunk(2, dim=-1)
             lit = F.silu(gate)
             active = lit * up
-            back = came @ w_out[e].to(x.dtype).T
+            back = came @ _of(w_out, together).to(x.dtype).mT
             if wants_weights:
-                grad_scales[span] = torch.linalg.vecdot(back, active)
+                torch.linalg.vecdot(back, active, out=grad_scale)
             if grad_out is not None:
-                _product(active.T, came * scale, grad_out[e])
+                _product(active.mT, came * scale, _of(grad_out, together))
             back *= scale
-            before = torch.empty_like(hidden[span])
-            torch.mul(back, lit, out=before[:, lit.shape[1] :])
-            torch.ops.aten.silu_backward(back.mul_(up), gate, grad_input=before[:, : lit.shape[1]])
+            before = torch.empty_like(first)
+            torch.mul(back, lit, out=before[..., lit.shape[-1] :])
+            torch.ops.aten.silu_backward(back.mul_(up), gate, grad_input=before[..., : lit.shape[-1]])
             if grad_in is not None:
-                _product(source.index_select(0, token[span]).T, before, grad_in[e])
-            if rows is not None:
-                torch.mm(before, w_in[e].to(x.dtype).T, out=rows[span])
+                _product(F.embedding(tokens, x).mT, before, _of(grad_in, together))
+            if wants_x:
+                _product(before, _of(w_in, together).to(x.dtype).mT, grad_row)
         grad_x = None
-        if rows is not None:
+        if wants_x:
             rows[-1] = 0.0
             grad_x = _gathered(rows, row, None)
         return grad_x, grad_in, grad_out, None, grad_scales[row], None
@@ -305,21 +354,22 @@ def _through(
     x: Tensor, w_in: Tensor, w_out: Tensor, places: _Rows, weights: Tensor, hidden: Tensor | None = None
 ) -> Tensor:
     """One pair of products an expert, the first of which is written into `hidden` (R, 2F) where that is given."""
-    spans, token, row = places
-    source = _with_zeros(x).index_select(0, token)
-    rows = x.new_empty(token.shape[0] + 1, x.shape[1])
+    groups, token, row = places
+    rows = x.new_empty(_most_rows(x, row.numel(), w_in.shape[0]) + 1, x.shape[1])
     rows[-1] = 0.0
-    for e, span in spans:
-        first = torch.mm(source[span], w_in[e].to(x.dtype), out=None if hidden is None else hidden[span])
+    kept = [None] * len(groups) if hidden is None else _by_group(hidden, groups)
+    parts = zip(groups, _by_group(token, groups), kept, _by_group(rows, groups), strict=True)
+    for (together, _), tokens, keep, result in parts:
+        first = torch.matmul(F.embedding(tokens, x), _of(w_in, together).to(x.dtype), out=keep)
         gate, up = first.chunk(2, dim=-1)
-        torch.mm(F.silu(gate).mul_(up), w_out[e].to(x.dtype), out=rows[span])
+        torch.matmul(F.silu(gate).mul_(up), _of(w_out, together).to(x.dtype), out=result)
     return _gathered(rows, row, weights)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Writes a @ b, widened where `out` is wider."""
     if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
+        torch.matmul(a, b, out=out)
     else:
         out.copy_(a @ b)
 

@@ -115,7 +115,7 @@ def functions() -> Iterator[type[torch.autograd.Function]]:
 
 def cases(model: SynapseModel, device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is done with a model, by name."""
-    ids = torch.zeros(2, 70, dtype=torch.long, device=device)
+    ids = torch.zeros(4, 70, dtype=torch.long, device=device)  # a step has as many slots as experts, one for each
     packing = {"segment_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
     yield "loss", lambda: model(ids, targets=ids)
     yield "loss, packed", lambda: model(ids, targets=ids, **packing)
@@ -127,9 +127,9 @@ def cases(model: SynapseModel, device: str) -> Iterator[tuple[str, Callable[[], 
     with torch.no_grad():
         yield "reading", lambda: model(ids)
         yield "step", lambda: model(ids[:1, :1], model.init_state(1))
-        yield "step of two", lambda: model(ids[:, :1], model.init_state(2))
+        yield "step of four", lambda: model(ids[:, :1], model.init_state(4))
         yield "trace", lambda: model(ids, trace=TraceSpec(level="full"))
-        yield "controls", lambda: model(ids, controls=Controls.neutral(model.config, 2, device=device))
+        yield "controls", lambda: model(ids, controls=Controls.neutral(model.config, 4, device=device))
         state = model.init_state(2)
         yield "rows", lambda: (state.select([0, 0]), state.memory_only(), model.consolidate(state))
         yield "generate", lambda: model.generate(ids, sampling=Sampling(max_tokens=2, temperature=0.7, top_k=3, seed=0))

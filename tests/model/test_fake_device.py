@@ -63,9 +63,9 @@ def test_in_bfloat16_nobody_waits(found: Found) -> None:
 
 
 def test_in_float32_experts_wait_once_a_pass(found: Found) -> None:
-    """One transfer, of three numbers an expert; a second one in the backward pass."""
-    numbers = 3 * SynapseConfig.preset("tiny").n_experts
-    passes = {"loss": 2, "loss, packed": 2, "reading": 1, "step": 0, "step of two": 1, "trace": 1, "controls": 1}
+    """One transfer, of a number an expert; a second one in the backward pass."""
+    numbers = SynapseConfig.preset("tiny").n_experts
+    passes = {"loss": 2, "loss, packed": 2, "reading": 1, "step": 0, "step of four": 1, "trace": 1, "controls": 1}
     asked = {name for name in found if name[0] == "cuda" and name[2] == "float32" and name[3] in passes}
     assert {name for _, variant, _, name in asked if variant == "default"} == set(passes)
     for case in (case for case in asked if case[1] != "no-experts"):

@@ -7,6 +7,8 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from synapse_arch.errors import BackendUnavailable, ShapeError
@@ -192,6 +194,7 @@ def test_a_fall_back_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_rows_filled_up_to_a_multiple_change_nothing(monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
     tensors, indices = draw(), route(0.3, experts=E - 1)
     expected = measure(lambda z: by_token(z, indices), tensors)
+    monkeypatch.setattr(experts, "_in_pairs", lambda _: False)
     monkeypatch.setattr(experts, "_row_multiple", lambda *_: multiple)
     assert_same(run("sorted", indices, tensors), expected)
 
@@ -201,10 +204,25 @@ def test_narrow_products_meet_few_shapes() -> None:
     shapes = set()
     for _ in range(20):
         order, counts = experts.sort_by_expert(route(), E)
-        spans = experts._place(torch.zeros(TOKENS, D, dtype=torch.bfloat16), order, counts).spans
-        shapes |= {span.stop - span.start for _, span in spans}
-        assert all(count <= span.stop - span.start < count + 64 for (_, span), count in zip(spans, counts, strict=True))
+        groups = experts._place(torch.zeros(TOKENS, D, dtype=torch.bfloat16), order, counts).groups
+        shapes |= {size for _, size in groups}
+        assert all(counts[e] <= size < counts[e] + 64 for (e,), size in groups)
     assert shapes <= {8, 16, 24, 32, 40}
+
+
+def test_experts_of_like_loads_are_multiplied_together() -> None:
+    counts = [67, 0, 64, 3, 60, 200, 60, 2]
+    pairs = [((5,), 200), ((0, 2), 67), ((4, 6), 60), ((3,), 3), ((7,), 2)]
+    assert experts._groups(counts, 1, True) == pairs
+    assert experts._groups(counts, 8, False)[:3] == [((5,), 200), ((0,), 72), ((2,), 64)]
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40))
+def test_pairs_take_no_more_rows_than_are_there(counts: list[int]) -> None:
+    groups = experts._groups(counts, 1, True)
+    rows = sum(size * len(together) for together, size in groups)
+    assert rows <= experts._most_rows(torch.zeros(1), sum(counts), len(counts))
+    assert sorted(e for together, _ in groups for e in together) == [e for e, count in enumerate(counts) if count]
 
 
 @FORMS

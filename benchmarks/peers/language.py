@@ -28,6 +28,9 @@ TRAIN_GOALS = {
     LONG: {"llama": 1.5, "mixtral": 1.5, "mamba2": 3.0},
 }
 DECODE_GOALS = {64: 2.0, 4096: 5.0}
+IN_A_ROW = 20
+"""Steps of decoding in a model's turn: they follow each other where text is generated, and find what the last one left
+in the processor's caches."""
 
 
 def training(
@@ -145,7 +148,8 @@ def decoding(
 ) -> list[Figure]:
     """A step of one token: share of the reading limit, speed over the peers', growth with what was read.
 
-    With `compiled` all of it again for the step that torch.compile makes; the peers run as they are.
+    Models take turns of IN_A_ROW steps. With `compiled` all of it again for the step that torch.compile makes; the
+    peers run as they are.
     """
     kinds = {"decoding": eager_step} | ({"decoding compiled": compiled_step()} if compiled else {})
     torch.manual_seed(0)
@@ -156,7 +160,8 @@ def decoding(
     for batch, (kind, step) in itertools.product(batches, kinds.items()):
         ours = {length: _our_decoder(model, states[length], batch, step) for length in lengths}
         limit = _read_bytes(model, batch) / rate
-        times = interleaved({str(length): step for length, step in ours.items()}, steps, f"{kind}, B {batch}")
+        jobs = {str(length): step for length, step in ours.items()}
+        times = _steps_in_turns(jobs, steps, f"{kind}, B {batch}")
         first, *rest = lengths
         what = f"{kind}, B {batch}: time to read every active weight once over a step's, after {first:,} tokens"
         values = tuple(limit / value for value in times[str(first)])
@@ -176,9 +181,9 @@ def _against(config: SynapseConfig, our_step: Callable[[], None], ids: Tensor, s
     """Our step against the attention models', all after the same tokens."""
     jobs: dict[str, Callable[[], object]] = {"ours": our_step}
     for name in ("llama", "mixtral"):
-        jobs[name] = models.decoder(models.PEERS[name](config).eval(), ids)
+        jobs[name] = models.decoder(models.PEERS[name](config).eval(), ids, again=IN_A_ROW)
     batch, length = ids.shape
-    times = interleaved(jobs, steps, f"{kind} after {length:,}")
+    times = _steps_in_turns(jobs, steps, f"{kind} after {length:,}")
     gc.collect()
     return [
         Figure(
@@ -188,6 +193,20 @@ def _against(config: SynapseConfig, our_step: Callable[[], None], ids: Tensor, s
         )
         for name in ("llama", "mixtral")
     ]  # fmt: skip
+
+
+def _steps_in_turns(jobs: dict[str, Callable[[], object]], steps: int, what: str) -> dict[str, list[float]]:
+    """Seconds a step, one number a turn, of `steps` steps of each job in all."""
+
+    def turn(step: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(IN_A_ROW):
+                step()
+
+        return run
+
+    turns = interleaved({name: turn(step) for name, step in jobs.items()}, max(1, steps // IN_A_ROW), what)
+    return {name: [value / IN_A_ROW for value in values] for name, values in turns.items()}
 
 
 def _our_step(config: SynapseConfig, ids: Tensor, *, recompute: bool = False) -> Callable[[], None]:

@@ -76,15 +76,18 @@ def training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     return step
 
 
-def decoder(model: nn.Module, ids: Tensor) -> Callable[[], None]:
-    """Steps of one token after ids (B, T) were read."""
+def decoder(model: nn.Module, ids: Tensor, *, again: int) -> Callable[[], None]:
+    """Steps of one token after ids (B, T) were read; after `again` of them attention has only ids before it again."""
     with torch.inference_mode():
         memory: dict[str, Any] = _memory(model(ids, use_cache=True))
-    position = ids.shape[1]
+    position = length = ids.shape[1]
     token = ids[:, :1].clone()
 
     def step() -> None:
         nonlocal memory, position
+        if "past_key_values" in memory and position == length + again:
+            memory["past_key_values"].crop(-again)  # so many are dropped
+            position = length
         with torch.inference_mode():
             extra = {"cache_position": torch.tensor([position])} if "cache_params" in memory else {}
             memory = _memory(model(token, use_cache=True, **memory, **extra))

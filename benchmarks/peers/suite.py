@@ -29,7 +29,7 @@ class Sizes:
     batches: tuple[int, ...] = (1, 8)
     read: tuple[int, ...] = (64, 4096, 65536)
     peers_read: tuple[int, ...] = (64, 4096)
-    steps: int = 100
+    steps: int = 200
     compiled: bool = True
     cases: tuple[tuple[int, int, int], ...] = parts.CASES
 

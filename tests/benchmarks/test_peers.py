@@ -81,10 +81,20 @@ def test_a_step_after_a_prompt_is_the_next_position(name: str) -> None:
     ids = torch.randint(64, (2, 9))
     seen = []
     model.register_forward_hook(lambda *call: seen.append(call[-1].logits[:, -1]))
-    models.decoder(model, ids)()
+    models.decoder(model, ids, again=20)()
     with torch.inference_mode():
         model(torch.cat([ids, ids[:, :1]], dim=1))
     torch.testing.assert_close(seen[1], seen[2], rtol=1e-4, atol=1e-5)
+
+
+def test_attention_never_has_more_before_it_than_a_turn_leaves() -> None:
+    model = models.PEERS["llama"](TINY).eval()
+    lengths = []
+    model.register_forward_hook(lambda *call: lengths.append(call[-1].past_key_values.get_seq_length()))
+    step = models.decoder(model, torch.randint(64, (2, 9)), again=3)
+    for _ in range(7):
+        step()
+    assert lengths == [9, 10, 11, 12, 10, 11, 12, 10]
 
 
 def test_a_training_step_trains() -> None:

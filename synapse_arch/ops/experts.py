@@ -367,8 +367,11 @@ def _through(
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Writes a @ b, widened where `out` is wider."""
-    if out.dtype == a.dtype:
+    """Writes a @ b, widened where `out` is wider.
+
+    Two products are copied into a stack, where they do not lie side by side: torch would take one after the other.
+    """
+    if out.dtype == a.dtype and out.is_contiguous():
         torch.matmul(a, b, out=out)
     else:
         out.copy_(a @ b)

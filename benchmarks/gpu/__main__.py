@@ -26,7 +26,7 @@ from benchmarks.gpu.timing import attempt, limits
 from benchmarks.gpu.tuning import few_configs
 from benchmarks.measure import ROOT, Figure, environment, growing_report, table
 from synapse_arch import ExpertsConfig, MemoryConfig, SynapseConfig, ThalamusConfig, XLSTMConfig
-from synapse_arch.ops import _mamba_ssm, _triton
+from synapse_arch.ops import _triton, backends
 
 
 def _model() -> SynapseConfig:
@@ -131,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if device == "cuda" and not options.tune:
         few_configs()
-    kernels = {"kernels": _triton.missing() or "available", "mamba_ssm": _mamba_ssm.missing("ssd") or "available"}
-    place = environment() | kernels | {"all launches tuned": options.tune}
+    place = environment() | {"kernels": _triton.missing() or "available", "backends": backends()}
+    place["all launches tuned"] = options.tune
     run, figures = Run(QUICK if options.quick else Sizes(), device), []
     path = options.out
     if path is None and not (options.quick or options.only):

@@ -143,7 +143,7 @@ def decoding(
     batches: Sequence[int],
     lengths: Sequence[int],
     peer_lengths: Sequence[int],
-    steps: int,
+    turns: int,
     compiled: bool,
 ) -> list[Figure]:
     """A step of one token: share of the reading limit, speed over the peers', growth with what was read.
@@ -161,7 +161,7 @@ def decoding(
         ours = {length: _our_decoder(model, states[length], batch, step) for length in lengths}
         limit = _read_bytes(model, batch) / rate
         jobs = {str(length): step for length, step in ours.items()}
-        times = _steps_in_turns(jobs, steps, f"{kind}, B {batch}")
+        times = _in_turns(jobs, turns, f"{kind}, B {batch}")
         first, *rest = lengths
         what = f"{kind}, B {batch}: time to read every active weight once over a step's, after {first:,} tokens"
         values = tuple(limit / value for value in times[str(first)])
@@ -173,17 +173,17 @@ def decoding(
             figures.append(Figure(what=what, values=ratio, unit="ratio", goal=1.1))
         for length in peer_lengths:
             our_step = _our_decoder(model, states[length], batch, step)
-            figures += _against(config, our_step, ids[:, :length].repeat(batch, 1), steps, kind)
+            figures += _against(config, our_step, ids[:, :length].repeat(batch, 1), turns, kind)
     return figures
 
 
-def _against(config: SynapseConfig, our_step: Callable[[], None], ids: Tensor, steps: int, kind: str) -> list[Figure]:
+def _against(config: SynapseConfig, our_step: Callable[[], None], ids: Tensor, turns: int, kind: str) -> list[Figure]:
     """Our step against the attention models', all after the same tokens."""
     jobs: dict[str, Callable[[], object]] = {"ours": our_step}
     for name in ("llama", "mixtral"):
         jobs[name] = models.decoder(models.PEERS[name](config).eval(), ids, again=IN_A_ROW)
     batch, length = ids.shape
-    times = _steps_in_turns(jobs, steps, f"{kind} after {length:,}")
+    times = _in_turns(jobs, turns, f"{kind} after {length:,}")
     gc.collect()
     return [
         Figure(
@@ -195,8 +195,8 @@ def _against(config: SynapseConfig, our_step: Callable[[], None], ids: Tensor, s
     ]  # fmt: skip
 
 
-def _steps_in_turns(jobs: dict[str, Callable[[], object]], steps: int, what: str) -> dict[str, list[float]]:
-    """Seconds a step, one number a turn, of `steps` steps of each job in all."""
+def _in_turns(jobs: dict[str, Callable[[], object]], turns: int, what: str) -> dict[str, list[float]]:
+    """Seconds a step of each job, one number for each of its turns."""
 
     def turn(step: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -205,8 +205,8 @@ def _steps_in_turns(jobs: dict[str, Callable[[], object]], steps: int, what: str
 
         return run
 
-    turns = interleaved({name: turn(step) for name, step in jobs.items()}, max(1, steps // IN_A_ROW), what)
-    return {name: [value / IN_A_ROW for value in values] for name, values in turns.items()}
+    times = interleaved({name: turn(step) for name, step in jobs.items()}, turns, what)
+    return {name: [value / IN_A_ROW for value in values] for name, values in times.items()}
 
 
 def _our_step(config: SynapseConfig, ids: Tensor, *, recompute: bool = False) -> Callable[[], None]:

@@ -29,7 +29,7 @@ class Sizes:
     batches: tuple[int, ...] = (1, 8)
     read: tuple[int, ...] = (64, 4096, 65536)
     peers_read: tuple[int, ...] = (64, 4096)
-    steps: int = 200
+    turns: int = 10
     compiled: bool = True
     cases: tuple[tuple[int, int, int], ...] = parts.CASES
 
@@ -37,7 +37,7 @@ class Sizes:
 QUICK = Sizes(
     small=SynapseConfig(vocab_size=256, d_model=128, n_layers=1), large=SynapseConfig(vocab_size=512, n_layers=1),
     shapes=((1, 128),), looped=32, peaks=False, rounds=3, lengths=(64,), prefill=(128, 256), batches=(1,),
-    read=(16, 64), peers_read=(16,), steps=5, compiled=False, cases=((8, 2, 128),),
+    read=(16, 64), peers_read=(16,), turns=1, compiled=False, cases=((8, 2, 128),),
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ MEASUREMENTS: dict[str, Callable[[Sizes], list[Figure]]] = {
         batches=s.batches,
         lengths=s.read,
         peer_lengths=s.peers_read,
-        steps=s.steps,
+        turns=s.turns,
         compiled=s.compiled,
     ),
     "dispatch": lambda s: parts.dispatch(s.cases, s.rounds),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 from collections.abc import Sequence
 
@@ -29,6 +30,9 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 
 KERNELS = ("triton", "mamba_ssm")
 """The implementations that need a package of kernels and a GPU."""
+
+LEAST_DECAY = -104.0
+"""Below it e^g is 0 in float32. Decays end here: kernels subtract running sums, which then stay short."""
 
 
 def resolve(op: str, backend: str) -> str:
@@ -61,6 +65,25 @@ def fall_back(op: str, backend: str, wanted: str, instead: str, reason: str) -> 
     if not torch.compiler.is_compiling():
         _log_once(f"{op}: {instead!r} runs in place of {wanted!r}: {reason}")
     return instead
+
+
+def absent(name: str, modules: Sequence[str], oldest: tuple[int, int], remedy: str) -> str:
+    """Why this machine cannot run the kernels of the package `name`; empty if it can.
+
+    Args:
+        name: as people know it.
+        modules: what is imported, the first of them with a version.
+        oldest: the first version that will do.
+        remedy: how to install it.
+    """
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    try:
+        package, *_ = (importlib.import_module(name) for name in modules)
+    except ImportError as error:
+        return f"{name} cannot be imported ({error}): {remedy}"
+    found = tuple(int(part) for part in package.__version__.split(".")[:2])
+    return "" if found >= oldest else f"{name} {package.__version__} is too old: {remedy}"
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -11,12 +11,12 @@ B batch, T time, D channels, H heads, P head width, G groups sharing B and C, N 
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from synapse_arch.ops._backends import LEAST_DECAY, absent
 from synapse_arch.ops._opaque import opaque
 
 OLDEST = (2, 2)
@@ -27,9 +27,6 @@ CHUNK = 128
 
 SCANNED = 2048
 """Positions after each of which the scan's kernel keeps a state."""
-
-LONGEST = 104.0
-"""e^-104 is 0 in float32. An exponent ends there: the kernels of ssd subtract running sums, which then stay short."""
 
 STILL = 2.0**-60
 """A step so short that exp(STILL A) is 1 in float32; a power of two, so that dividing by it costs no digit."""
@@ -54,17 +51,9 @@ missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in _t
 
 @functools.cache
 def _missing(op: str) -> str:
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
+    kernels = "mamba_ssm.ops.triton.ssd_combined" if op == "ssd" else "selective_scan_cuda"
     remedy = "MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm, where nvcc is"
-    name = "mamba_ssm.ops.triton.ssd_combined" if op == "ssd" else "selective_scan_cuda"
-    try:
-        importlib.import_module(name)
-        package = importlib.import_module("mamba_ssm")
-    except ImportError as error:
-        return f"{name} cannot be imported ({error}): {remedy}"
-    found = tuple(int(part) for part in package.__version__.split(".")[:2])
-    return "" if found >= OLDEST else f"mamba_ssm {package.__version__} is too old: {remedy}"
+    return absent("mamba_ssm", ("mamba_ssm", kernels), OLDEST, remedy)
 
 
 def scan(
@@ -104,7 +93,7 @@ def scan(
 
 def _restarted(u: Tensor, dt: Tensor, A: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs and steps that write the same, with steps so long where `fresh` that nothing is left of the state."""
-    longer = torch.maximum(dt, (LONGEST / A.amax(1).neg().clamp(min=1e-30)).detach())
+    longer = torch.maximum(dt, (LEAST_DECAY / A.amax(1).clamp(max=-1e-30)).detach())
     fresh = fresh[..., None]
     return torch.where(fresh, u * (dt / longer), u), torch.where(fresh, longer, dt)
 
@@ -126,7 +115,7 @@ def ssd(
     Returns:
         y (B, T, H, P) bfloat16 and the final state (B, H, P, N) float32.
     """
-    excess = (dt * A.neg() / LONGEST).clamp(min=1.0)  # what is beyond an exponent's end only writes
+    excess = (dt * A / LEAST_DECAY).clamp(min=1.0)  # what is beyond an exponent's end only writes
     x, dt = (x * excess[..., None]).to(x.dtype), dt / excess
     numbers = None if segments is None else segments.int()
     y, final = _ssd(*(z.contiguous() for z in (x, dt, A, B, C, state)), numbers)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synapse_arch.ops._backends import LEAST_DECAY, absent
 from synapse_arch.ops._opaque import opaque
 
 OLDEST = (0, 6)
@@ -24,9 +25,6 @@ OLDEST = (0, 6)
 
 CHUNK = 64
 """Positions the kernels compute side by side."""
-
-LEAST_DECAY = -104.0
-"""Below it e^g is 0 in float32. Decays end here: the kernels subtract running sums, which then stay short."""
 
 
 def obstacle(values: Tensor, widest: torch.dtype, key: int, value: int) -> str:
@@ -50,17 +48,8 @@ missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _missing() -> str:
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    remedy = "pip install 'synapse-arch[kernels]'"
-    try:
-        import fla
-        import fla.ops.gla
-        import fla.ops.kda
-    except ImportError as error:
-        return f"flash-linear-attention cannot be imported ({error}): {remedy}"
-    found = tuple(int(part) for part in fla.__version__.split(".")[:2])
-    return "" if found >= OLDEST else f"flash-linear-attention {fla.__version__} is too old: {remedy}"
+    modules = ("fla", "fla.ops.gla", "fla.ops.kda")
+    return absent("flash-linear-attention", modules, OLDEST, "pip install 'synapse-arch[kernels]'")
 
 
 def log_decay(g: Tensor, segments: Tensor | None) -> Tensor:

@@ -110,7 +110,7 @@ def test_a_training_step_trains() -> None:
 def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(program, "QUICK", suite.Sizes(
         small=TINY, large=TINY, shapes=((1, 16),), looped=8, peaks=False, rounds=2, lengths=(16,), prefill=(16, 32),
-        batches=(1,), read=(8, 16), peers_read=(8,), steps=2, compiled=False, cases=((8, 2, 16),),
+        batches=(1,), read=(8, 16), peers_read=(8,), turns=2, compiled=False, cases=((8, 2, 16),),
     ))  # fmt: skip
     file = tmp_path / "peers.json"
     only = ["ops", "training", "prefill", "decoding", "dispatch"]

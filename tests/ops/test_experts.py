@@ -121,6 +121,20 @@ def test_unused_slots_and_other_tokens_do_not_matter(backend: str) -> None:
     assert_same({"y": y[other]}, {"y": expected["y"][other]})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["in pairs", "to a multiple"])
+def test_rows_are_filled_up_by_nobody_else(dtype: torch.dtype) -> None:
+    """Of NaN in a token that no expert reads, rows that only fill up must not be made."""
+    indices = torch.tensor([-1, *[0] * 17, *[1] * 16])[:, None]
+    tensors = {name: normal(*shape).to(dtype) for name, shape in {
+        "x": (34, D), "w_in": (2, D, 2 * WIDTH), "w_out": (2, WIDTH, D), "weights": (34, 1)}.items()}  # fmt: skip
+    tensors["x"][0] = torch.nan
+    order, counts = experts.sort_by_expert(indices, 2)
+    rows = sum(size * len(together) for together, size in experts._place(tensors["x"], order, counts).groups)
+    assert rows > 33
+    for name, found in run("sorted", indices, tensors).items():
+        assert (found[1:] if name in ("y", "grad x") else found).isfinite().all(), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rowwise_gives_a_token_the_same_bits_wherever_the_others_go(dtype: torch.dtype) -> None:
     tensors = {name: x.to(dtype) for name, x in draw(torch.float32).items()}

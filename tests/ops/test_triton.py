@@ -115,6 +115,7 @@ def test_a_step_needs_no_kernel(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_without_a_gpu_it_says_so(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    _log_once.cache_clear()
     tensors = case.draw(2, 6)
     with pytest.raises(BackendUnavailable, match=r"'triton' cannot run here: .*CUDA.*on cpu; use 'chunked' or 'auto'"):
         case.call(tensors, backend="triton")

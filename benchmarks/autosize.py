@@ -15,12 +15,11 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import Figure, environment, write_report
+from benchmarks.measure import Figure, environment, report_file, write_report
 from recipes.malloc import keep_freed_memory
 from synapse_arch import SynapseConfig
 from synapse_arch.model import autosize
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES), metavar="NAME")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own number")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "WHAT"), help="one figure in this process, as JSON")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--out", type=report_file, metavar="FILE", help="JSON file to write")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

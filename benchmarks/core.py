@@ -14,9 +14,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
-from benchmarks.measure import ROOT, Figure, environment, machine_slug, table, write_report
+from benchmarks.measure import ROOT, Figure, environment, machine_slug, report_file, table, write_report
 from benchmarks.parity import parity
 from benchmarks.speed import decoding, length_cost, training_memory, training_rate
 from benchmarks.streaming import streaming
@@ -127,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--out",
-        type=Path,
+        type=report_file,
         help="where the JSON goes; by default a whole run goes to benchmarks/results/, others nowhere",
     )
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -12,6 +13,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -173,6 +175,36 @@ def environment() -> dict[str, Any]:
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     } | _gpu()
+
+
+def report_file(text: str) -> Path:
+    """What `--out` names: a file that can be written, tried before anything is measured.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot.
+    """
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        got = f"{text}: {error.strerror}"
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, got {got}") from error
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text}")
+    return path
+
+
+def at_least_one(text: str) -> int:
+    """What `--rounds` names.
+
+    Raises:
+        argparse.ArgumentTypeError: no whole number, or one below 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text}")
+    return int(text)
 
 
 def write_report(path: Path, place: dict[str, Any], figures: Iterable[Figure], **more: Any) -> None:

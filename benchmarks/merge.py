@@ -28,10 +28,12 @@ from torch import Tensor
 from benchmarks.measure import (
     ROOT,
     Figure,
+    at_least_one,
     environment,
     machine_slug,
     peak_bytes,
     progress,
+    report_file,
     seconds,
     table,
     write_report,
@@ -254,9 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gb", type=float, default=GOAL_GB, help="size of each checkpoint (2)")
     parser.add_argument("--models", type=int, default=3, help="how many are merged (3)")
-    parser.add_argument("--rounds", type=int, default=1, help="repetitions of everything (1)")
+    parser.add_argument("--rounds", type=at_least_one, default=1, help="repetitions of everything (1)")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made for the time being")
-    parser.add_argument("--out", type=Path, help="where the JSON goes; by default only runs of 2 GB are kept")
+    parser.add_argument("--out", type=report_file, help="where the JSON goes; by default only runs of 2 GB are kept")
     parser.add_argument("--worker", choices=PROGRAMS, help=argparse.SUPPRESS)
     return parser
 

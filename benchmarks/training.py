@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Figure, environment, interleaved, table, write_report
+from benchmarks.measure import Figure, at_least_one, environment, interleaved, report_file, table, write_report
 from recipes.data import Batch, ByteTokenizer, Windows, open_source, segments
 from recipes.malloc import keep_freed_memory
 from recipes.optim import adamw, set_lr
@@ -104,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model, nothing judged")
-    parser.add_argument("--rounds", type=int, default=9, help="repetitions (9)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--rounds", type=at_least_one, default=9, help="repetitions (9)")
+    parser.add_argument("--out", type=report_file, metavar="FILE", help="JSON file to write")
     options = parser.parse_args(arguments)
     keep_freed_memory()  # as training does on a CPU
     place = environment()

@@ -17,14 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
 from benchmarks.gpu import decoding, ops, parity, training
 from benchmarks.gpu.timing import attempt, limits
 from benchmarks.gpu.tuning import few_configs
-from benchmarks.measure import ROOT, Figure, environment, growing_report, table
+from benchmarks.measure import ROOT, Figure, environment, growing_report, report_file, table
 from synapse_arch import ExpertsConfig, MemoryConfig, SynapseConfig, ThalamusConfig, XLSTMConfig
 from synapse_arch.ops import _triton, backends
 
@@ -172,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is judged but parity")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[], metavar="PART", help="only some parts")
     parser.add_argument("--tune", action="store_true", help="let the kernels try all their launches: many minutes more")
-    parser.add_argument("--out", type=Path, help="where the JSON goes; a whole run goes to benchmarks/results/")
+    parser.add_argument("--out", type=report_file, help="where the JSON goes; a whole run goes to benchmarks/results/")
     return parser
 
 

@@ -14,9 +14,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from benchmarks.measure import ROOT, Figure, environment, growing_report, machine_slug, table
+from benchmarks.measure import ROOT, Figure, environment, growing_report, machine_slug, report_file, table
 from benchmarks.peers.suite import MEASUREMENTS, QUICK, Sizes, measure
 
 
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, a minute; nothing is judged but equality")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=[], metavar="PART", help="only some parts")
-    parser.add_argument("--out", type=Path, help="where the JSON goes; a whole run goes to benchmarks/results/")
+    parser.add_argument("--out", type=report_file, help="where the JSON goes; a whole run goes to benchmarks/results/")
     options = parser.parse_args(arguments)
     place, sizes = environment(), QUICK if options.quick else Sizes()
     wanted = [name for name in MEASUREMENTS if not options.only or name in options.only]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import ROOT, Figure, environment, machine_slug, table, write_report
+from benchmarks.measure import ROOT, Figure, environment, machine_slug, report_file, table, write_report
 from benchmarks.serving import engine, load
 from benchmarks.serving.client import served
 from benchmarks.serving.soak import soak
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, help="of the soak (1000); the goal is about 10000")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=report_file,
         help="where the JSON goes; by default a whole run goes to benchmarks/results/, others nowhere",
     )
     return parser

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Figure, interleaved, peak_bytes, progress, seconds
+from benchmarks.parity import difference
 from benchmarks.peers import models
+from benchmarks.peers.functions import AGREE
 from benchmarks.peers.limits import bandwidth, matrix_rate
 from benchmarks.processes import alone
 from recipes.malloc import keep_freed_memory
@@ -148,8 +150,8 @@ def decoding(
 ) -> list[Figure]:
     """A step of one token: share of the reading limit, speed over the peers', growth with what was read.
 
-    Models take turns of IN_A_ROW steps. With `compiled` all of it again for the step that torch.compile makes; the
-    peers run as they are.
+    Models take turns of IN_A_ROW steps. With `compiled` all of it again for the step that torch.compile makes, where it
+    equals the other; the peers run as they are.
     """
     kinds = {"decoding": eager_step} | ({"decoding compiled": compiled_step()} if compiled else {})
     torch.manual_seed(0)
@@ -158,6 +160,12 @@ def decoding(
     states = {length: _read(model, ids[:, :length]) for length in {*lengths, *peer_lengths}}
     figures, rate = [], bandwidth(rounds=25)  # one for all: two measurements may differ by half
     for batch, (kind, step) in itertools.product(batches, kinds.items()):
+        if step is not eager_step:
+            off = _off(model, states[lengths[0]], batch, step)
+            what = f"{kind}, B {batch}: logits and state from those of the uncompiled step"
+            figures.append(Figure(what=what, values=(off,), unit="relative", goal=AGREE, exact=True))
+            if off > AGREE:
+                continue
         ours = {length: _our_decoder(model, states[length], batch, step) for length in lengths}
         limit = _read_bytes(model, batch) / rate
         jobs = {str(length): step for length, step in ours.items()}
@@ -245,6 +253,15 @@ def _our_decoder(model: SynapseModel, state: SynapseState, batch: int, step: Ste
     for _ in range(GUARDED):  # what is set up once
         read_one()
     return read_one
+
+
+@torch.inference_mode()
+def _off(model: SynapseModel, state: SynapseState, batch: int, step: Step) -> float:
+    """How far one step's logits and state are from those of the uncompiled step."""
+    state, ids = state.select([0] * batch), torch.zeros(batch, 1, dtype=torch.long)
+    outputs = (form(model, ids, state, None) for form in (step, eager_step))
+    found, expected = ({"logits": logits, **after.to_tensors()} for logits, after in outputs)
+    return difference(found, expected)
 
 
 def _read_bytes(model: SynapseModel, batch: int) -> int:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks.peers import functions, language, models, parts, suite
 from benchmarks.processes import alone
 from synapse_arch import SynapseConfig
 from synapse_arch.model.accounting import active_parameters
+from synapse_arch.model.compiling import eager_step
 
 TINY = SynapseConfig(vocab_size=64, d_model=64, n_layers=1)
 
@@ -105,6 +107,30 @@ def test_a_training_step_trains() -> None:
         before = [p.detach().clone() for p in model.parameters()]
         models.training_step(model, ids)()
         assert any((a != b).any() for a, b in zip(before, model.parameters(), strict=True)), name
+
+
+def test_experts_that_are_not_the_definition_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    (right,) = parts.dispatch([(4, 2, 16)], rounds=2)
+    assert right.what.endswith("dense time over ours")
+    plain = parts.expert_swiglu
+    monkeypatch.setattr(parts, "expert_swiglu", lambda *z, backend="auto": plain(*z, backend=backend) * (
+        1.0 if backend == "reference" else 1.01))  # fmt: skip
+    (wrong,) = parts.dispatch([(4, 2, 16)], rounds=2)
+    assert wrong.what.endswith("from the definition")
+    assert wrong.met is False
+
+
+def test_a_compiled_step_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(step: Any) -> list[str]:
+        monkeypatch.setattr(language, "compiled_step", lambda: step)
+        sizes = {"batches": (1,), "lengths": (8,), "peer_lengths": ()}
+        return [f.what for f in language.decoding(TINY, **sizes, turns=1, compiled=True) if "compiled, " in f.what]
+
+    equal, read = measured(lambda *z: eager_step(*z))
+    assert "from those of the uncompiled step" in equal
+    assert "time to read" in read
+    (off,) = measured(lambda *z: (eager_step(*z)[0] + 1, z[2]))
+    assert "from those of the uncompiled step" in off
 
 
 def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
